@@ -1,0 +1,54 @@
+// Defines the operators of `torch.ops.shardwise` and registers their CPU kernels on load.
+#include <string>
+#include <string_view>
+
+#include "cpu/kernels.h"
+#include "torch_abi.h"
+
+namespace shardwise {
+namespace {
+
+// The one text of all schemas; Python reads the same file when this library is absent.
+constexpr std::string_view kSchemas =
+#include "../shardwise/ops/schemas.inc"
+    ;
+
+struct Entry {
+  const char* name;
+  Kernel kernel;
+};
+
+constexpr Entry kCpuKernels[] = {
+    {"advise_huge_pages", cpu::advise_huge_pages},
+};
+
+void define_schemas() {
+  TorchLibraryHandle library = nullptr;
+  check(aoti_torch_library_init_def("shardwise", __FILE__, __LINE__, &library), "a library");
+  size_t start = 0;
+  while (start < kSchemas.size()) {
+    const size_t end = kSchemas.find('\n', start);
+    const std::string schema(kSchemas.substr(start, end - start));
+    if (!schema.empty()) check(aoti_torch_library_def(library, schema.c_str()), schema.c_str());
+    if (end == std::string_view::npos) break;
+    start = end + 1;
+  }
+}
+
+void register_kernels() {
+  TorchLibraryHandle library = nullptr;
+  check(aoti_torch_library_init_impl("shardwise", "CPU", __FILE__, __LINE__, &library), "a key");
+  for (const Entry& entry : kCpuKernels) {
+    check(torch_library_impl(library, entry.name, entry.kernel, kAbiVersion), entry.name);
+  }
+}
+
+// The handles are never freed: an operator stays registered as long as the process lives.
+const bool kIsRegistered = [] {
+  define_schemas();
+  register_kernels();
+  return true;
+}();
+
+}  // namespace
+}  // namespace shardwise

@@ -1,0 +1,1 @@
+"""Operators: one folder each, the plain PyTorch reference beside the fast versions."""

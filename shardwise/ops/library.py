@@ -1,0 +1,57 @@
+"""Load the compiled operators, or define their schemas for the reference versions alone.
+
+An operator has one schema (a line of `schemas.inc`, which C++ includes too), a plain PyTorch
+reference and a fake version for tracing. The compiled CPU version, when there, is registered by
+the library itself as it loads. The reference serves every device that has no version of its own.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LIBRARY = Path(__file__).parent.parent / "_lib" / "libshardwise.so"
+_SCHEMAS = Path(__file__).with_name("schemas.inc")
+
+
+def _load() -> bool:
+    """Load the compiled operators; False, with every schema defined here, where there are none."""
+    if os.environ.get("SHARDWISE_OPS") != "reference":
+        if _LIBRARY.exists():
+            torch.ops.load_library(str(_LIBRARY))
+            return True
+        warnings.warn(
+            "shardwise was installed without its compiled operators (no C++ compiler was found): "
+            "every operator runs its slower PyTorch reference; install g++ and reinstall",
+            stacklevel=2,
+        )
+    for schema in _SCHEMAS.read_text().splitlines()[1:-1]:
+        torch.library.define(f"shardwise::{schema.partition('(')[0]}", "(" + schema.partition("(")[2])
+    return False
+
+
+is_compiled: bool = _load()
+"""Whether the compiled CPU operators are in use."""
+
+
+def register(
+    name: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register the reference and the fake version of an operator of `schemas.inc`.
+
+    Args:
+        name: The operator's name, without namespace.
+        reference: Plain PyTorch on tensors of any device; takes the schema's arguments in order.
+        fake: As `reference`, on tensors without data: only shapes and dtypes.
+
+    Returns:
+        The operator, to be called with positional arguments.
+    """
+    qualified = f"shardwise::{name}"
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(reference)
+    torch.library.register_fake(qualified)(fake)
+    operator: Callable[..., Any] = getattr(torch.ops.shardwise, name).default
+    return operator

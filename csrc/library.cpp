@@ -20,6 +20,11 @@ struct Entry {
 
 constexpr Entry kCpuKernels[] = {
     {"advise_huge_pages", cpu::advise_huge_pages},
+    {"lookup", cpu::lookup},
+    {"update_", cpu::update_},
+    {"row_sums", cpu::row_sums},
+    {"row_grads", cpu::row_grads},
+    {"weight_grads", cpu::weight_grads},
 };
 
 void define_schemas() {

@@ -157,9 +157,8 @@ class Tensor {
   AtenTensorHandle handle_;
 };
 
-// The words of one call, read in order of the schema. Every owned word is taken exactly once; what
-// a throwing kernel has not read yet is read and freed by `Arguments`' callers through RAII, so
-// kernels read all arguments before they check any.
+// The words of one call, read in order of the schema. Each owned word is taken exactly once, so a
+// kernel reads all of its arguments before it checks any: what it throws over is then freed.
 class Arguments {
  public:
   explicit Arguments(StableIValue* stack) : stack_(stack), next_(stack) {}
@@ -173,23 +172,36 @@ class Arguments {
     return result;
   }
   std::vector<Tensor> tensors() {
-    auto list = reinterpret_cast<StableListHandle>(*next_++);
-    size_t size = 0;
-    check(torch_list_size(list, &size), "a list's size");
     std::vector<Tensor> result;
-    result.reserve(size);
-    for (size_t i = 0; i < size; ++i) {
-      StableIValue item = 0;
-      check(torch_list_get_item(list, i, &item), "a list's item");
+    for_items([&](StableIValue item) {
       result.emplace_back(reinterpret_cast<AtenTensorHandle>(item));
-    }
-    check(torch_delete_list(list), "to free a list");
+    });
+    return result;
+  }
+  std::vector<double> numbers() {
+    std::vector<double> result;
+    for_items([&](StableIValue item) {
+      std::memcpy(&result.emplace_back(), &item, sizeof(item));
+    });
     return result;
   }
   // Results, in order; call after all arguments are read.
   void give(Tensor&& tensor) { stack_[given_++] = tensor.release(); }
 
  private:
+  template <typename Take>
+  void for_items(Take take) {
+    auto list = reinterpret_cast<StableListHandle>(*next_++);
+    size_t size = 0;
+    check(torch_list_size(list, &size), "a list's size");
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item = 0;
+      check(torch_list_get_item(list, i, &item), "a list's item");
+      take(item);
+    }
+    check(torch_delete_list(list), "to free a list");
+  }
+
   StableIValue* stack_;
   StableIValue* next_;
   size_t given_ = 0;

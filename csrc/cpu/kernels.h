@@ -6,5 +6,10 @@
 namespace shardwise::cpu {
 
 void advise_huge_pages(StableIValue* stack, uint64_t, uint64_t);
+void lookup(StableIValue* stack, uint64_t, uint64_t);
+void update_(StableIValue* stack, uint64_t, uint64_t);
+void row_sums(StableIValue* stack, uint64_t, uint64_t);
+void row_grads(StableIValue* stack, uint64_t, uint64_t);
+void weight_grads(StableIValue* stack, uint64_t, uint64_t);
 
 }  // namespace shardwise::cpu

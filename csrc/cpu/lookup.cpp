@@ -1,0 +1,117 @@
+// The operators `lookup` and `weight_grads`: rows to vectors.
+#include <algorithm>
+#include <atomic>
+
+#include "call.h"
+#include "kernels.h"
+#include "pages.h"
+#include "tasks.h"
+
+namespace shardwise::cpu {
+namespace {
+
+constexpr int64_t kTaskIds = 2048;
+constexpr int64_t kTaskBags = 1024;
+constexpr int64_t kSmallBytes = 256 << 10;  // rows read below which one thread is faster
+
+struct Task {
+  const Group* group;
+  Pool pool;
+};
+
+// Splits the groups into tasks of about equal numbers of ids.
+std::vector<Task> split(const Call& call, const std::vector<TableView>& tables, float* out,
+                        float* weight_grads) {
+  std::vector<Task> tasks;
+  const Ids ids = call.ids();
+  for (const Group& group : call.groups()) {
+    if (group.table < 0) continue;
+    Pool pool{tables[group.table], ids, group.pooling, 0, 0, 0, 0, nullptr, group.stride,
+              weight_grads};
+    const bool is_pooled = group.pooling != Pooling::kNone;
+    const int64_t* bounds = ids.offsets + group.first_bag;
+    const int64_t count = group.num_out_rows();
+    for (int64_t first = 0; first < count;) {
+      int64_t last = std::min(first + (is_pooled ? kTaskBags : kTaskIds), count);
+      if (is_pooled) {
+        const int64_t* bound =
+            std::upper_bound(bounds + first, bounds + last + 1, bounds[first] + kTaskIds);
+        last = std::clamp<int64_t>(bound - bounds - 1, first + 1, last);
+        pool.first_bag = group.first_bag + first;
+        pool.last_bag = group.first_bag + last;
+      }
+      pool.first_id = is_pooled ? bounds[first] : group.first_id + first;
+      pool.last_id = is_pooled ? bounds[last] : group.first_id + last;
+      pool.out = out + group.out + first * group.stride;
+      tasks.push_back({&group, pool});
+      first = last;
+    }
+  }
+  return tasks;
+}
+
+// Runs a kernel over all tasks; throws for the first bad id of the call.
+void run(const Call& call, const std::vector<TableView>& tables, const std::vector<Task>& tasks,
+         Found (*kernel)(const Pool&), int64_t* ignored) {
+  int64_t bytes = 0;
+  for (const Task& task : tasks) {
+    bytes += (task.pool.last_id - task.pool.first_id) * task.pool.table.row_bytes();
+  }
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  std::vector<Found> found(tasks.size());
+  run_tasks(count, bytes < kSmallBytes, [&](int64_t i) { found[i] = kernel(tasks[i].pool); });
+  for (int64_t i = 0; i < count; ++i) {
+    if (found[i].bad_position >= 0) {
+      throw_bad_id(call, tables, *tasks[i].group, found[i].bad_position);
+    }
+  }
+  if (ignored == nullptr) return;
+  for (int64_t i = 0; i < count; ++i) ignored[tasks[i].group->feature] += found[i].num_ignored;
+}
+
+}  // namespace
+
+void lookup(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  Call call(arguments);
+  const std::vector<Tensor> tables = arguments.tensors();
+  const int64_t rows = arguments.integer(), width = arguments.integer();
+  const Tensor ignored = arguments.tensor();
+  call.lay_out(tables, rows, width);
+  const std::vector<TableView> views = view_tables(tables);
+  if (ignored.dtype() != DType::kInt64 || ignored.numel() != call.num_features()) {
+    throw std::runtime_error("shardwise: ignored must be int64 [features]");
+  }
+  Tensor result = Tensor::empty({rows, width}, aoti_torch_dtype_float32());
+  float* out = result.mutable_data<float>();
+  // Fresh 4 KB pages of a large result would cost more than the lookup that fills them.
+  constexpr int64_t kLarge = 8 << 20;
+  if (rows * width * 4 > kLarge) advise_huge_pages(out, rows * width * sizeof(float));
+  run(call, views, split(call, views, out, nullptr), isa().pool, ignored.mutable_data<int64_t>());
+  arguments.give(std::move(result));
+}
+
+void weight_grads(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const Tensor grad = arguments.tensor();
+  Call call(arguments);
+  const std::vector<Tensor> tables = arguments.tensors();
+  call.lay_out(tables, grad.size(0), grad.size(1));
+  const std::vector<TableView> views = view_tables(tables);
+  Tensor result = Tensor::empty({call.num_ids()}, aoti_torch_dtype_float32());
+  float* out = result.mutable_data<float>();
+  std::fill_n(out, call.num_ids(), 0.0f);
+  float* gradient = const_cast<float*>(grad.data<float>());
+  std::vector<Task> tasks = split(call, views, gradient, out);
+  // Features that read one input add to the same numbers, so they run one after the other.
+  const int64_t features = call.num_features();
+  for (int64_t f = 0; f < features; ++f) {
+    std::vector<Task> own;
+    std::copy_if(tasks.begin(), tasks.end(), std::back_inserter(own),
+                 [f](const Task& task) { return task.group->feature == f; });
+    run(call, views, own, isa().weight_dots, nullptr);
+  }
+  arguments.give(std::move(result));
+}
+
+}  // namespace shardwise::cpu

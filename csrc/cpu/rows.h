@@ -1,0 +1,31 @@
+// Group the ids of a call by the row they touch.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "call.h"
+
+namespace shardwise::cpu {
+
+// The distinct rows of one table, ascending, each with the gradient rows that it sums, in the order
+// [feature][source][bag]. `first_row` counts the distinct rows of the tables before it.
+struct TouchedRows {
+  RowRun run;
+  int64_t first_row;
+
+  int64_t count() const { return run.last; }
+};
+
+// Reads no more than ids, and throws for a bad id before anything could be written. What the runs
+// point to lives until the calling thread calls this again.
+std::vector<TouchedRows> group_rows(const Call& call, const std::vector<TableView>& tables,
+                                    const float* grad, int64_t grad_numel);
+
+// Runs body(touched, run), on torch's threads, for pieces of about equal work that together cover
+// all rows, each row in one piece.
+void for_each_piece(const std::vector<TouchedRows>& touched,
+                    const std::function<void(const TouchedRows&, const RowRun&)>& body);
+
+}  // namespace shardwise::cpu

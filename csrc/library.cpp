@@ -20,6 +20,10 @@ struct Entry {
 
 constexpr Entry kCpuKernels[] = {
     {"advise_huge_pages", cpu::advise_huge_pages},
+    {"offsets_from_lengths", cpu::offsets_from_lengths},
+    {"permute_segments", cpu::permute_segments},
+    {"regroup", cpu::regroup},
+    {"regroup_grad", cpu::regroup_grad},
     {"lookup", cpu::lookup},
     {"update_", cpu::update_},
     {"row_sums", cpu::row_sums},

@@ -35,6 +35,7 @@ AOTITorchError aoti_torch_is_contiguous(AtenTensorHandle tensor, bool* result);
 AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
                                         int32_t dtype, int32_t device_type, int32_t device_index,
                                         AtenTensorHandle* result);
+size_t aoti_torch_dtype_element_size(int32_t dtype);
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_bfloat16();
@@ -53,6 +54,8 @@ AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name,
                                   uint64_t abi_version);
 AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** result);
 AOTITorchError torch_get_const_data_ptr(AtenTensorHandle tensor, const void** result);
+AOTITorchError torch_new_list_reserve_size(size_t size, StableListHandle* result);
+AOTITorchError torch_list_push_back(StableListHandle list, StableIValue item);
 AOTITorchError torch_list_size(StableListHandle list, size_t* size);
 AOTITorchError torch_list_get_item(StableListHandle list, size_t index, StableIValue* item);
 AOTITorchError torch_delete_list(StableListHandle list);
@@ -121,11 +124,13 @@ class Tensor {
     check(aoti_torch_get_strides(handle_, &strides), "the strides");
     return strides[d];
   }
-  DType dtype() const {
+  int32_t dtype_code() const {
     int32_t code = 0;
     check(aoti_torch_get_dtype(handle_, &code), "the dtype");
-    return dtype_from_code(code);
+    return code;
   }
+  DType dtype() const { return dtype_from_code(dtype_code()); }
+  size_t element_size() const { return aoti_torch_dtype_element_size(dtype_code()); }
   bool is_contiguous() const {
     bool result = false;
     check(aoti_torch_is_contiguous(handle_, &result), "the contiguity");
@@ -178,6 +183,11 @@ class Arguments {
     });
     return result;
   }
+  std::vector<int64_t> integers() {
+    std::vector<int64_t> result;
+    for_items([&](StableIValue item) { result.push_back(static_cast<int64_t>(item)); });
+    return result;
+  }
   std::vector<double> numbers() {
     std::vector<double> result;
     for_items([&](StableIValue item) {
@@ -187,6 +197,12 @@ class Arguments {
   }
   // Results, in order; call after all arguments are read.
   void give(Tensor&& tensor) { stack_[given_++] = tensor.release(); }
+  void give(std::vector<Tensor>&& tensors) {
+    StableListHandle list = nullptr;
+    check(torch_new_list_reserve_size(tensors.size(), &list), "a list");
+    for (Tensor& tensor : tensors) check(torch_list_push_back(list, tensor.release()), "an item");
+    stack_[given_++] = reinterpret_cast<StableIValue>(list);
+  }
 
  private:
   template <typename Take>

@@ -6,6 +6,10 @@
 namespace shardwise::cpu {
 
 void advise_huge_pages(StableIValue* stack, uint64_t, uint64_t);
+void offsets_from_lengths(StableIValue* stack, uint64_t, uint64_t);
+void permute_segments(StableIValue* stack, uint64_t, uint64_t);
+void regroup(StableIValue* stack, uint64_t, uint64_t);
+void regroup_grad(StableIValue* stack, uint64_t, uint64_t);
 void lookup(StableIValue* stack, uint64_t, uint64_t);
 void update_(StableIValue* stack, uint64_t, uint64_t);
 void row_sums(StableIValue* stack, uint64_t, uint64_t);

@@ -440,13 +440,12 @@ class KeyedJaggedTensor(KeyedBags):
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "KeyedJaggedTensor":
         """Change each tensor, and keep what was computed on the host."""
-        keys, *_, inverse = arguments = self._arguments()
-        values, weights, lengths, offsets = (
-            None if tensor is None else change(tensor) for tensor in arguments[1:5]
-        )
-        assert values is not None, "every tensor has values"
-        inverse = None if inverse is None else (inverse[0], change(inverse[1]))
-        return KeyedJaggedTensor(keys, values, weights, lengths, offsets, *arguments[5:-1], inverse)
+        arguments = list(self._arguments())
+        for i in range(1, 5):
+            arguments[i] = None if arguments[i] is None else change(arguments[i])
+        if self._inverse_indices is not None:
+            arguments[-1] = (self._inverse_indices[0], change(self._inverse_indices[1]))
+        return KeyedJaggedTensor(*arguments)
 
     def _arguments(self) -> tuple[Any, ...]:
         """Give the constructor's arguments, without views that were made of them."""

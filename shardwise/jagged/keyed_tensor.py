@@ -10,6 +10,7 @@ from torch import Tensor
 from shardwise.jagged import storage
 from shardwise.jagged.layout import prefix_sums
 from shardwise.jagged.streamable import Pipelineable
+from shardwise.ops.regroup import Block, regroup
 
 
 class KeyedTensor:
@@ -183,13 +184,30 @@ Pipelineable.register(KeyedTensor)
 def regroup_kts(
     keyed_tensors: Sequence[KeyedTensor], groups: Sequence[Sequence[str]]
 ) -> list[Shaped[Tensor, "..."]]:
-    """Do what `KeyedTensor.regroup` says."""
-    owner: dict[str, KeyedTensor] = {}
-    for keyed in keyed_tensors:
+    """Do what `KeyedTensor.regroup` says.
+
+    Raises:
+        KeyError: No tensor has one of the keys; names those there are.
+        ValueError: There are no tensors, or their blocks lie along different dimensions.
+    """
+    dims = {keyed.key_dim() for keyed in keyed_tensors}
+    if len(dims) != 1:
+        raise ValueError(f"regroup: needs tensors of one key_dim, got {sorted(dims)}")
+    owners: dict[str, int] = {}
+    for i, keyed in enumerate(keyed_tensors):
         for key in keyed.index_per_key():
-            owner.setdefault(key, keyed)
+            owners.setdefault(key, i)
     for key in (key for group in groups for key in group):
-        if key not in owner:
-            raise KeyError(f"regroup: no tensor has the key {key!r}; they have {list(owner)}")
-    dim = keyed_tensors[0].key_dim()
-    return [torch.cat([owner[key][key] for key in group], dim) for group in groups]
+        if key not in owners:
+            raise KeyError(f"regroup: no tensor has the key {key!r}; they have {list(owners)}")
+    if dims == {1} and all(keyed.values().dim() == 2 for keyed in keyed_tensors):
+        blocks = [[_block(keyed_tensors, owners[key], key) for key in group] for group in groups]
+        return regroup([keyed.values() for keyed in keyed_tensors], blocks)
+    (dim,) = dims
+    return [torch.cat([keyed_tensors[owners[key]][key] for key in g], dim) for g in groups]
+
+
+def _block(keyed_tensors: Sequence[KeyedTensor], owner: int, key: str) -> Block:
+    keyed = keyed_tensors[owner]
+    index = keyed.index_per_key()[key]
+    return owner, keyed.offset_per_key()[index], keyed.length_per_key()[index]

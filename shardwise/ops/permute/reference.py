@@ -15,20 +15,6 @@ def _spans(counts: Sequence[int], order: Sequence[int], device: torch.device) ->
     return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64, device=device)
 
 
-def _per_segment(lengths: Tensor, num_segments: int, bags: Sequence[int]) -> list[int]:
-    return list(bags) if bags else [lengths.numel() // max(num_segments, 1)] * num_segments
-
-
-def value_positions(
-    lengths: Tensor, num_segments: int, order: Sequence[int], bags: Sequence[int]
-) -> Tensor:
-    """Give, for each value of the result, its position in the input."""
-    counts = [
-        int(part.sum()) for part in torch.split(lengths, _per_segment(lengths, num_segments, bags))
-    ]
-    return _spans(counts, order, lengths.device)
-
-
 def permute_segments(
     lengths: Tensor,
     values: Tensor,
@@ -39,8 +25,10 @@ def permute_segments(
     bags: Sequence[int],
     counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy the segments `order` of lengths, values and weights."""
-    positions = value_positions(lengths, num_segments, order, bags)
-    bag_positions = _spans(_per_segment(lengths, num_segments, bags), order, lengths.device)
+    """Copy the segments `order`; give weights, values and lengths."""
+    bags = bags or [lengths.numel() // max(num_segments, 1)] * num_segments
+    counts = counts or [int(part.sum()) for part in torch.split(lengths, list(bags))]
+    positions = _spans(counts, order, values.device)
+    bag_positions = _spans(bags, order, values.device)
     permuted = weights[positions] if is_weighted else weights.new_empty(0)
-    return lengths[bag_positions], values[positions], permuted
+    return permuted, values[positions], lengths[bag_positions]

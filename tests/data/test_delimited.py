@@ -1,4 +1,5 @@
 import gzip
+import re
 
 import pytest
 
@@ -62,10 +63,8 @@ FAULTS = {
 def test_fault_names_file_line_and_what_is_wanted(tmp_path, fault):
     text, message = FAULTS[fault]
     path = write(tmp_path, text)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
         read_columns(path, COLUMNS, Dialect())
-    assert str(path) in str(caught.value)
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", [0, 15, -9])

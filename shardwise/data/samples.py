@@ -1,0 +1,132 @@
+"""Hold samples in memory and hand them out in batches: shuffled, repeatable, resumable."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from shardwise.data.batch import Batch
+from shardwise.jagged import KeyedJaggedTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """N samples, the bags of ids key after key and in each sample after sample.
+
+    Attributes:
+        dense: Dense features.
+        labels: 0 or 1.
+        keys: Names of the F sparse features.
+        values: The ids of all bags.
+        lengths: Ids per bag; F·N of them.
+    """
+
+    dense: Float32[Tensor, "N dense"]
+    labels: Float32[Tensor, " N"]
+    keys: tuple[str, ...]
+    values: Int64[Tensor, " V"]
+    lengths: Int64[Tensor, " bags"]
+
+    def __len__(self) -> int:
+        """Give N."""
+        return len(self.labels)
+
+    @cached_property
+    def _starts(self) -> Int64[Tensor, " bags"]:
+        return self.lengths.cumsum(0) - self.lengths
+
+    def select(self, rows: Int64[Tensor, " B"]) -> "Samples":
+        """Copy some samples, in the order asked for."""
+        bags = (torch.arange(len(self.keys))[:, None] * len(self) + rows).flatten()
+        lengths = self.lengths[bags]
+        shift = self._starts[bags] - (lengths.cumsum(0) - lengths)
+        positions = torch.repeat_interleave(shift, lengths) + torch.arange(int(lengths.sum()))
+        return Samples(
+            dense=self.dense[rows],
+            labels=self.labels[rows],
+            keys=self.keys,
+            values=self.values[positions],
+            lengths=lengths,
+        )
+
+    def batch(self) -> Batch:
+        """Give all samples as one batch; nothing is copied."""
+        sparse = KeyedJaggedTensor(list(self.keys), self.values, lengths=self.lengths)
+        return Batch(dense_features=self.dense, sparse_features=sparse, labels=self.labels)
+
+
+class SampleLoader:
+    """Batches of samples, epoch after epoch; one iteration gives the rest of an epoch.
+
+    The order of an epoch follows from (seed, epoch) alone. An iteration that is broken off goes on
+    where it stopped, in this loader or, by way of `state_dict`, in another one. The position
+    counts batches handed out: whoever fetches ahead must save it as of the batch in work.
+
+    Args:
+        samples: What to hand out.
+        batch_size: Samples per batch; the last batch of an epoch may be smaller.
+        seed: Of the shuffling.
+        is_shuffled: Whether epochs are shuffled; if not, batches follow the order of the samples.
+    """
+
+    def __init__(
+        self, samples: Samples, batch_size: int, *, seed: int = 0, is_shuffled: bool = True
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"SampleLoader: batch_size is {batch_size}; at least 1 is needed")
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.is_shuffled = is_shuffled
+        self.epoch = 0
+        self._next_batch = 0
+
+    def __len__(self) -> int:
+        """Give the number of batches of a whole epoch."""
+        return -(-len(self.samples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Give the batches of this epoch that are left, then move on to the next epoch."""
+        order = self._order()
+        while self._next_batch < len(self):
+            start = self._next_batch * self.batch_size
+            self._next_batch += 1
+            yield self.samples.select(order[start : start + self.batch_size]).batch()
+        self.epoch += 1
+        self._next_batch = 0
+
+    def _order(self) -> Int64[Tensor, " N"]:
+        if not self.is_shuffled:
+            return torch.arange(len(self.samples))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(len(self.samples), generator=generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the position, and what it counts in."""
+        return self._units() | {"epoch": self.epoch, "next_batch": self._next_batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position saved by `state_dict`.
+
+        Raises:
+            ValueError: It was saved by a loader of other samples, batch size or shuffling.
+        """
+        for name, here in self._units().items():
+            if state[name] != here:
+                raise ValueError(
+                    f"SampleLoader: the position was saved with {name} {state[name]}, this loader "
+                    f"has {here}; the batches to come would not be the same"
+                )
+        self.epoch, self._next_batch = state["epoch"], state["next_batch"]
+
+    def _units(self) -> dict[str, Any]:
+        return {
+            "num_samples": len(self.samples),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "is_shuffled": self.is_shuffled,
+        }

@@ -5,9 +5,8 @@ itself: every look at the past goes through `EarlierEvents`. Ids are numbered by
 so that a later event cannot renumber an earlier one, and no scale is fitted to the data.
 
 Sparse features: `user`, `movie`, `genres` (of the movie), `liked` and `disliked` (the user's latest
-movies of either kind), `tags` (given to the movie so far). `movie`, `liked` and `disliked` share
-their ids, so they can share a table. Dense features: those of `movielens_past`. Label: 1 for a
-rating of 4 stars or more.
+movies of either kind), `tags` (given to the movie so far). Dense features: those of
+`movielens_past`. Label: 1 for a rating of 4 stars or more.
 """
 
 from dataclasses import dataclass
@@ -20,6 +19,14 @@ from shardwise.data.earlier import EarlierEvents
 from shardwise.data.movielens import LIKED_FROM, MovieLens
 from shardwise.data.movielens_past import dense_features
 from shardwise.data.samples import Samples
+
+TABLES = {
+    "user": ("user",),
+    "movie": ("movie", "liked", "disliked"),
+    "genres": ("genres",),
+    "tags": ("tags",),
+}
+"""The features that share their ids, and so can share a table, by the name of the table."""
 
 UNSEEN = 0
 """The id of every user, movie, genre or tag that the training part does not hold."""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwise.data.movielens import MovieLens, read_movielens
-from shardwise.data.movielens_samples import UNSEEN, MovieLensSamples, build_samples
+from shardwise.data.movielens_samples import TABLES, UNSEEN, MovieLensSamples, build_samples
 
 TAGS = ("dark", "funny", "odd")
 
@@ -161,3 +161,10 @@ def test_dense_features_are_finite_and_of_unit_scale(shipped):
     assert shipped.train.dense.shape == (80_668, len(shipped.dense_names))
     assert float(shipped.train.dense.abs().mean(0).max()) < 3
     assert float(shipped.train.dense.abs().max()) < 12
+
+
+def test_every_feature_has_a_table_that_holds_its_ids(shipped):
+    features = [feature for shared in TABLES.values() for feature in shared]
+    assert sorted(features) == sorted(shipped.train.keys)
+    for shared in TABLES.values():
+        assert len({shipped.num_ids[feature] for feature in shared}) == 1

@@ -1,0 +1,43 @@
+# `make demo` and `make test` need Python 3.11 with venv, make and g++; the rest is set up in .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test slow check bench stats build
+.DELETE_ON_ERROR:
+
+demo: build
+	$(BIN)/shardwise train examples/movielens.toml
+
+test: build
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: build
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: build
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+stats:
+	$(PYTHON) tools/codestats.py --check .
+
+# The C++ operators, in place: compiles only what has changed.
+build: .venv/installed
+	@$(BIN)/cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja --log-level=WARNING $(CMAKE_FLAGS)
+	@$(BIN)/cmake --build build -- --quiet
+
+# torch first and then held in place, so that no dependency brings another one.
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip list --format=freeze | grep '^torch==' > $@
+
+# The package in editable form; `build` makes its C++ operators.
+.venv/installed: .venv/torch pyproject.toml
+	$(BIN)/pip install -c .venv/torch -C wheel.cmake=false -e '.[train,test,dev]'
+	touch $@

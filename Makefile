@@ -28,8 +28,8 @@ stats:
 
 # The C++ operators, in place: compiles only what has changed.
 build: .venv/installed
-	@$(BIN)/cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja --log-level=WARNING $(CMAKE_FLAGS)
-	@$(BIN)/cmake --build build -- --quiet
+	@$(BIN)/cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(CMAKE_FLAGS) > /dev/null
+	@$(BIN)/cmake --build build
 
 # torch first and then held in place, so that no dependency brings another one.
 .venv/torch:

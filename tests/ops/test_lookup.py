@@ -235,7 +235,7 @@ def make_update(case: Case, rule: Rule, seed=-1, in_backward=True, tables=None, 
     states = []
     for t in tables:
         rows, width = case.tables[t].shape
-        for kind in rule.states:
+        for _, kind in rule.states:
             size = (rows,) if kind == "row" else (rows, width)
             states.append(torch.rand(size, generator=generator))
     slots = [(t + 5, 100 * t, 7, case.tables[t].shape[1] + 3 * t) for t in tables]

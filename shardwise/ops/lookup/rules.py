@@ -108,7 +108,8 @@ class Rule:
     Attributes:
         name: In snake case; also in messages.
         code: Its number in the compiled operators.
-        states: The shape of each state: a number per row or per element. All float32, from zeros.
+        states: The name of each state, and whether it is a number per row or per element. All are
+            float32.
         settings: The names in `Settings` that it reads, besides weight decay and `max_gradient`.
         num_sums: Row sums it needs.
         row_sums: From the rows to [N, num_sums].
@@ -118,7 +119,7 @@ class Rule:
 
     name: str
     code: int
-    states: tuple[StateShape, ...]
+    states: tuple[tuple[str, StateShape], ...]
     settings: tuple[str, ...]
     num_sums: int
     row_sums: Callable[[Rows], Tensor]
@@ -247,33 +248,49 @@ def _lars_sgd(rows: Rows, sums: Tensor, lr: Tensor) -> Tensor:
 
 
 _MOMENTS = ("eps", "beta1", "beta2")
+_ELEMENT_MOMENTS: tuple[tuple[str, StateShape], ...] = (
+    ("exp_avg", "element"),
+    ("exp_avg_sq", "element"),
+)
+_PARTIAL_MOMENTS: tuple[tuple[str, StateShape], ...] = (
+    ("exp_avg", "element"),
+    ("exp_avg_sq", "row"),
+)
 
 SGD = Rule("sgd", 0, (), (), 0, _no_sums, _sgd)
-ADAGRAD = Rule("adagrad", 1, ("element",), ("eps",), 0, _no_sums, _adagrad)
+ADAGRAD = Rule("adagrad", 1, (("sum", "element"),), ("eps",), 0, _no_sums, _adagrad)
 ROW_WISE_ADAGRAD = Rule(
-    "row_wise_adagrad", 2, ("row",), ("eps",), 1, _squared_gradient, _row_wise_adagrad
+    "row_wise_adagrad", 2, (("sum", "row"),), ("eps",), 1, _squared_gradient, _row_wise_adagrad
 )
-ADAM = Rule("adam", 3, ("element", "element"), _MOMENTS, 0, _no_sums, _adam)
+ADAM = Rule("adam", 3, _ELEMENT_MOMENTS, _MOMENTS, 0, _no_sums, _adam)
 PARTIAL_ROW_WISE_ADAM = Rule(
     "partial_row_wise_adam",
     4,
-    ("element", "row"),
+    _PARTIAL_MOMENTS,
     _MOMENTS,
     1,
     _squared_gradient,
     _partial_row_wise_adam,
 )
-LAMB = Rule("lamb", 5, ("element", "element"), _MOMENTS, 2, _lamb_sums, _lamb)
+LAMB = Rule("lamb", 5, _ELEMENT_MOMENTS, _MOMENTS, 2, _lamb_sums, _lamb)
 PARTIAL_ROW_WISE_LAMB = Rule(
     "partial_row_wise_lamb",
     6,
-    ("element", "row"),
+    _PARTIAL_MOMENTS,
     _MOMENTS,
     4,
     _partial_row_wise_lamb_sums,
     _partial_row_wise_lamb,
 )
-LARS_SGD = Rule("lars_sgd", 7, ("element",), ("momentum", "eta"), 2, _norms, _lars_sgd)
+LARS_SGD = Rule(
+    "lars_sgd",
+    7,
+    (("momentum_buffer", "element"),),
+    ("momentum", "eta"),
+    2,
+    _norms,
+    _lars_sgd,
+)
 
 RULES: tuple[Rule, ...] = (
     SGD,

@@ -1,0 +1,121 @@
+"""Pooled tables: bags of ids to one vector per feature and sample."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shardwise.jagged import KeyedJaggedTensor, KeyedTensor
+from shardwise.ops.lookup import BadIds, Pooling
+from shardwise.tables.collection import TableCollection
+from shardwise.tables.configs import EmbeddingBagConfig, PoolingType
+
+
+class EmbeddingBagCollection(TableCollection):
+    """Many tables, looked up in one call and pooled to a `KeyedTensor` [B, sum of widths].
+
+    Columns follow the tables in config order, and for each table its features; a feature that
+    several tables read is named `feature@table` in the output. The result is float32. Parameters
+    are `embedding_bags.<table>.weight`.
+
+    Args:
+        tables: The tables.
+        is_weighted: Multiply each row by its id's weight; the input must have weights then. A mean
+            divides by the number of ids, not by the sum of weights.
+        device: Where the tables lie; `meta` only describes them.
+        bad_ids: What to do with an id outside its table.
+
+    Raises:
+        ValueError: Two tables have one name, or a table cannot be made.
+    """
+
+    stores_name = "embedding_bags"
+
+    def __init__(
+        self,
+        tables: list[EmbeddingBagConfig],
+        is_weighted: bool = False,
+        device: torch.device | str | None = None,
+        *,
+        bad_ids: BadIds = BadIds.RAISE,
+    ) -> None:
+        """Make the tables and draw their start."""
+        for table in tables:
+            if table.pooling == PoolingType.NONE:
+                raise ValueError(
+                    f"table {table.name!r}: a bag collection pools by SUM or MEAN; "
+                    f"use an EmbeddingCollection for one vector per id"
+                )
+        poolings = [Pooling[table.pooling.value] for table in tables]
+        super().__init__(tables, poolings, device=device, bad_ids=bad_ids)
+        self._bag_configs = list(tables)
+        self._is_weighted = is_weighted
+        self._output_names = [output.name for output in self._outputs]
+        self._output_widths = [output.width for output in self._outputs]
+        self._total_width = sum(self._output_widths)
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The tables, in order."""
+        return self._bag_configs
+
+    def is_weighted(self) -> bool:
+        """Whether rows are multiplied by weights."""
+        return self._is_weighted
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Look up and pool every feature.
+
+        Args:
+            features: One key per feature, in any order. Where the keys' batches vary, inverse
+                indices must say which sample of a key each sample of the full batch shares.
+
+        Returns:
+            Float32 [B, sum of widths], keyed by output name.
+
+        Raises:
+            KeyError: A key is missing or unknown.
+            IndexError: An id is outside its table.
+            ValueError: Lengths, values or weights contradict each other, or weights are missing.
+        """
+        features = self.in_order(features)
+        weights = self._weights(features)
+        if features.variable_stride_per_key():
+            values = self._forward_variable(features, weights)
+        else:
+            shape = (features.stride(), self._total_width)
+            values = self.look_up(features, shape, columns=True, weights=weights)
+        return KeyedTensor(self._output_names, self._output_widths, values)
+
+    def _weights(self, features: KeyedJaggedTensor) -> Tensor | None:
+        if not self._is_weighted:
+            return None
+        weights = features.weights_or_none()
+        if weights is None:
+            raise ValueError(
+                f"collection of tables {[c.name for c in self._configs]} is weighted, but the "
+                f"input has no weights; give one per value"
+            )
+        return weights
+
+    def _forward_variable(
+        self, features: KeyedJaggedTensor, weights: Tensor | None
+    ) -> Float[Tensor, "B D"]:
+        """Look up each key's own samples, then copy them to the samples that share them."""
+        strides = features.stride_per_key()
+        counts = [strides[i] for i in self._input_of_output]
+        sizes = [n * output.width for n, output in zip(counts, self._outputs, strict=True)]
+        bags = torch.tensor(strides)[:, None]
+        flat = self.look_up(features, (sum(sizes), 1), columns=False, bags=bags, weights=weights)
+        inverse = features.inverse_indices_or_none()
+        columns = []
+        for output, n, block in zip(self._outputs, counts, flat.view(-1).split(sizes), strict=True):
+            rows = block.view(n, output.width)
+            if inverse is not None:
+                keys, indices = inverse
+                rows = rows[indices[keys.index(output.feature)].long()]
+            elif n != max(counts):
+                raise ValueError(
+                    f"feature {output.feature!r} has {n} samples, others {max(counts)}: a variable "
+                    f"batch needs inverse_indices to line its samples up"
+                )
+            columns.append(rows)
+        return torch.cat(columns, dim=1)

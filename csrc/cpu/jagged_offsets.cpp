@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -12,23 +13,26 @@ namespace {
 
 constexpr int64_t kBlock = 32768;
 
+// Wraps around, because lengths that nobody has checked may overflow.
+template <typename T>
+T next(T offset, T length) {
+  using Bits = std::make_unsigned_t<T>;
+  return static_cast<T>(static_cast<Bits>(offset) + static_cast<Bits>(length));
+}
+
 template <typename T>
 void run_sum(const T* lengths, int64_t count, T start, T* offsets) {
-  // Unsigned, because lengths that nobody has checked may overflow.
-  using Bits = std::make_unsigned_t<T>;
-  Bits sum = static_cast<Bits>(start);
   for (int64_t i = 0; i < count; ++i) {
-    offsets[i] = static_cast<T>(sum);
-    sum += static_cast<Bits>(lengths[i]);
+    offsets[i] = start;
+    start = next(start, lengths[i]);
   }
 }
 
 template <typename T>
 T total(const T* lengths, int64_t count) {
-  using Bits = std::make_unsigned_t<T>;
-  Bits sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<Bits>(lengths[i]);
-  return static_cast<T>(sum);
+  T sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum = next(sum, lengths[i]);
+  return sum;
 }
 
 template <typename T>
@@ -36,18 +40,20 @@ void fill_offsets(const Tensor& lengths, const Tensor& offsets) {
   const T* from = lengths.data<T>();
   T* to = offsets.mutable_data<T>();
   const int64_t count = lengths.numel();
-  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  // One thread needs no totals beforehand: a single block.
+  const int64_t length = num_threads() == 1 ? std::max(count, kBlock) : kBlock;
+  const int64_t blocks = (count + length - 1) / length;
   const bool is_small = blocks < 2;
-  const auto size = [&](int64_t block) { return std::min(kBlock, count - block * kBlock); };
+  const auto size = [&](int64_t block) { return std::min(length, count - block * length); };
   std::vector<T> sums(blocks), starts(blocks + 1);
-  run_tasks(blocks, is_small,
-            [&](int64_t b) { sums[b] = total(from + b * kBlock, size(b)); });
+  if (!is_small) {
+    run_tasks(blocks, false, [&](int64_t b) { sums[b] = total(from + b * length, size(b)); });
+  }
   run_sum(sums.data(), blocks, T{0}, starts.data());
   run_tasks(blocks, is_small, [&](int64_t b) {
-    run_sum(from + b * kBlock, size(b), starts[b], to + b * kBlock);
+    run_sum(from + b * length, size(b), starts[b], to + b * length);
   });
-  if (blocks > 0) starts[blocks] = starts[blocks - 1] + sums[blocks - 1];
-  to[count] = starts[blocks];
+  to[count] = count == 0 ? T{0} : next(to[count - 1], from[count - 1]);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Permute the segments of lengths, values and weights; a segment is a run of bags.
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <stdexcept>
@@ -89,23 +90,20 @@ void permute_segments(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor values = arguments.tensor();
   const Tensor weights = arguments.tensor();
   const bool is_weighted = arguments.boolean();
-  const int64_t num_segments = arguments.integer();
   const Counts order = arguments.integers();
-  Counts bags = arguments.integers();
+  const Counts bags = arguments.integers();
   Counts counts = arguments.integers();
+  const auto num_segments = static_cast<int64_t>(bags.size());
   if (!lengths.is_contiguous() || !values.is_contiguous() || !weights.is_contiguous()) {
     refuse("tensors must be contiguous");
   }
   for (const int64_t s : order) {
     if (s < 0 || s >= num_segments) refuse("there is no segment " + std::to_string(s));
   }
-  if (bags.empty() && num_segments > 0) {
-    bags.assign(num_segments, lengths.numel() / num_segments);
-  }
-  if (static_cast<int64_t>(bags.size()) != num_segments) refuse("one bag count per segment");
+  if (counts.size() != bags.size()) refuse("bags and counts must be for the same segments");
   check_counts(bags, lengths.numel(), "lengths");
-  if (counts.empty()) counts = count_values(lengths, bags);
-  if (static_cast<int64_t>(counts.size()) != num_segments) refuse("one value count per segment");
+  const bool is_known = std::find(counts.begin(), counts.end(), -1) == counts.end();
+  if (!is_known) counts = count_values(lengths, bags);
   check_counts(counts, values.size(0), "values");
   if (is_weighted) check_counts(counts, weights.size(0), "weights");
 

@@ -90,9 +90,7 @@ def receive(
         moves = recat.tolist()
         runs = bags if len(moves) == num_segments else [1] * lengths.numel()
     if moves != list(range(len(moves))):
-        lengths, values, weights = permute_segments(
-            lengths, values, weights, len(runs), moves, bags=runs
-        )
+        lengths, values, weights = permute_segments(lengths, values, weights, moves, runs)
     strides = [[bags[s] for s in order[f * num_workers :][:num_workers]] for f in range(num_keys)]
     return Received(
         lengths=lengths,

@@ -42,6 +42,6 @@ def join_inverse_indices(
     if len(present) < len(inverses):
         raise ValueError("concat: some tensors have inverse indices and some have not")
     batches = [indices.shape[-1] for _, indices in present]
-    if len(set(batches)) > 1:
+    if any(batch != batches[0] for batch in batches):
         raise ValueError(f"concat: inverse indices must be for one batch size, got {batches}")
     return [key for keys, _ in present for key in keys], torch.cat([rows for _, rows in present])

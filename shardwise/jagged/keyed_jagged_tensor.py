@@ -134,7 +134,7 @@ class KeyedJaggedTensor(KeyedBags):
         parts = list(jt_dict.values())
         lengths = [part.lengths() for part in parts]
         strides = [part.numel() for part in lengths]
-        is_variable = len(set(strides)) > 1
+        is_variable = any(stride != strides[0] for stride in strides)
         return KeyedJaggedTensor(
             keys=list(jt_dict),
             values=torch.cat([part.values() for part in parts]),
@@ -160,7 +160,7 @@ class KeyedJaggedTensor(KeyedBags):
         if any(kjt.variable_stride_per_key() != is_variable for kjt in kjt_list):
             raise ValueError("concat: some tensors have variable strides and some have not")
         strides = [kjt.stride() for kjt in kjt_list]
-        if not is_variable and len(set(strides)) > 1:
+        if not is_variable and any(stride != strides[0] for stride in strides):
             raise ValueError(f"concat: the tensors must have one batch size, got {strides}")
         return KeyedJaggedTensor(
             keys=[key for kjt in kjt_list for key in kjt._keys],
@@ -272,10 +272,9 @@ class KeyedJaggedTensor(KeyedBags):
             self.lengths().reshape(-1),
             self._values,
             self._weights,
-            len(self._keys),
             indices,
-            bags=self.stride_per_key() if self.variable_stride_per_key() else (),
-            counts=(self._length_per_key or ()) if is_permutation else self.length_per_key(),
+            self.stride_per_key(),
+            self._length_per_key if is_permutation else self.length_per_key(),
         )
         return self._with_keys(indices, values, weights, lengths)
 

@@ -4,7 +4,7 @@ They read the data, so on an accelerator they wait for the device.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Integer, Shaped
@@ -13,6 +13,7 @@ from torch import Tensor
 _Inverse = tuple[list[str], Tensor]
 
 
+@runtime_checkable
 class TableRange(Protocol):
     """What a table's config says about the ids it takes."""
 

@@ -17,25 +17,25 @@ def _is_permutation(order: Sequence[int], num_segments: int) -> bool:
     return sorted(order) == list(range(num_segments))
 
 
+def _is_known(counts: Sequence[int]) -> bool:
+    # No empty list stands for unknown counts: AOTInductor packages an empty list as None.
+    return not (len(counts) > 0 and isinstance(counts[0], int) and counts[0] == -1)
+
+
 def _fake(
     lengths: Tensor,
     values: Tensor,
     weights: Tensor,
     is_weighted: bool,
-    num_segments: int,
     order: Sequence[int],
     bags: Sequence[int],
     counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size = sum(counts[s] for s in order) if counts else values.shape[0]
-    if bags:
-        num_bags = sum(bags[s] for s in order)
-    else:
-        num_bags = lengths.shape[0] // max(num_segments, 1) * len(order)
+    size = sum(counts[s] for s in order) if _is_known(counts) else values.shape[0]
     return (
         weights.new_empty((size if is_weighted else 0, *weights.shape[1:])),
         values.new_empty((size, *values.shape[1:])),
-        lengths.new_empty(num_bags),
+        lengths.new_empty(sum(bags[s] for s in order)),
     )
 
 
@@ -49,23 +49,23 @@ def _keep_layout(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _grads(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     """Put the gradient of the weights back in place; what a repeated segment got is summed."""
-    is_weighted, num_segments, order, bags, counts = ctx.layout
+    is_weighted, order, bags, counts = ctx.layout
     if not is_weighted:
         grads = None
-    elif _is_permutation(order, num_segments):
+    elif _is_permutation(order, len(bags)):
         (lengths,) = ctx.saved_tensors
-        inverse = sorted(range(num_segments), key=order.__getitem__)
-        moved = [[part[s] for s in order] if part else [] for part in (bags, counts)]
+        inverse = sorted(range(len(bags)), key=order.__getitem__)
+        moved = [[part[s] for s in order] for part in (bags, counts)]
         no_weights = grad.new_empty(0)
         _, grads, _ = _permute_segments(
-            lengths, grad.contiguous(), no_weights, False, num_segments, inverse, *moved
+            lengths, grad.contiguous(), no_weights, False, inverse, *moved
         )
     else:
         sums = [grad.new_zeros((count, *grad.shape[1:])) for count in counts]
         for s, part in zip(order, torch.split(grad, [counts[s] for s in order]), strict=True):
             sums[s] = sums[s] + part
         grads = torch.cat(sums)
-    return None, None, grads, None, None, None, None, None
+    return None, None, grads, None, None, None, None
 
 
 torch.library.register_autograd("shardwise::permute_segments", _grads, setup_context=_keep_layout)
@@ -75,24 +75,21 @@ def permute_segments(
     lengths: Integer[Tensor, " N"],
     values: Shaped[Tensor, " V *rest"],
     weights: Shaped[Tensor, " V *more"] | None,
-    num_segments: int,
     order: Sequence[int],
-    *,
-    bags: Sequence[int] = (),
-    counts: Sequence[int] = (),
+    bags: Sequence[int],
+    counts: Sequence[int] | None = None,
 ) -> tuple[Integer[Tensor, " M"], Shaped[Tensor, " U *rest"], Shaped[Tensor, " U *more"] | None]:
     """Copy segments into another order; they may repeat and be left out.
 
-    A segment is a run of bags: of `bags[s]` of them, or of as many for each. Differentiable in
-    `weights`, where a repeated segment's gradients are summed.
+    Segment s is a run of `bags[s]` bags. Differentiable in `weights`, where the gradients of a
+    repeated segment are summed.
 
     Args:
         lengths: Values per bag.
         values: The values, bag after bag.
         weights: One per value, or None.
-        num_segments: How many segments the input has.
-        order: Numbers of the segments to copy, in [0, num_segments).
-        bags: Bags per segment; empty where all have as many.
+        order: Numbers of the segments to copy.
+        bags: Bags per segment.
         counts: Values per segment, where known. They must be given when `order` is not a
             permutation, for they tell the size of the result.
 
@@ -103,9 +100,9 @@ def permute_segments(
         ValueError: `order` is not a permutation, and there are no `counts`.
         RuntimeError: The lengths do not fit the values or the weights.
     """
-    if not counts and not _is_permutation(order, num_segments):
+    if counts is None and not _is_permutation(order, len(bags)):
         raise ValueError(
-            f"permute_segments: order {list(order)} is no permutation of {num_segments} segments; "
+            f"permute_segments: order {list(order)} is no permutation of {len(bags)} segments; "
             f"give the counts of their values"
         )
     narrow = lengths.dtype
@@ -117,9 +114,8 @@ def permute_segments(
         values.contiguous(),
         values.new_empty(0) if weights is None else weights.contiguous(),
         weights is not None,
-        num_segments,
         order,
         bags,
-        counts,
+        [-1] * len(bags) if counts is None else counts,
     )
     return permuted[2].to(narrow), permuted[1], None if weights is None else permuted[0]

@@ -20,14 +20,13 @@ def permute_segments(
     values: Tensor,
     weights: Tensor,
     is_weighted: bool,
-    num_segments: int,
     order: Sequence[int],
     bags: Sequence[int],
     counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Copy the segments `order`; give weights, values and lengths."""
-    bags = bags or [lengths.numel() // max(num_segments, 1)] * num_segments
-    counts = counts or [int(part.sum()) for part in torch.split(lengths, list(bags))]
+    if -1 in counts:
+        counts = [int(part.sum()) for part in torch.split(lengths, list(bags))]
     positions = _spans(counts, order, values.device)
     bag_positions = _spans(bags, order, values.device)
     permuted = weights[positions] if is_weighted else weights.new_empty(0)

@@ -1,0 +1,1 @@
+"""Tests of shardwise; the folders mirror the package."""

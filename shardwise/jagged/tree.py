@@ -112,7 +112,8 @@ def _register(
     flatten: Callable[[Any], tuple[list[Any], Any]],
     unflatten: Callable[[Iterable[Any], Any], Any],
 ) -> None:
-    def flatten_with_keys(value: Any) -> tuple[list[tuple[pytree.KeyEntry, Any]], Any]:
+    # No `KeyEntry` in the signature: it is a protocol that cannot be checked at run time.
+    def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
         leaves, context = flatten(value)
         entries: list[pytree.KeyEntry] = [pytree.GetAttrKey(name) for name in names]
         return list(zip(entries, leaves, strict=True)), context

@@ -25,6 +25,7 @@ constexpr Entry kCpuKernels[] = {
     {"regroup", cpu::regroup},
     {"regroup_grad", cpu::regroup_grad},
     {"lookup", cpu::lookup},
+    {"count_bad_ids", cpu::count_bad_ids},
     {"update_", cpu::update_},
     {"row_sums", cpu::row_sums},
     {"row_grads", cpu::row_grads},

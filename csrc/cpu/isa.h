@@ -83,12 +83,6 @@ struct Pool {
   float* weight_grads;  // weight_dots: written, by position
 };
 
-// What a pool met: the first bad id that may not be there, and how many were left out.
-struct Found {
-  int64_t bad_position = -1;
-  int64_t num_ignored = 0;
-};
-
 // Scrambles 32 bits: the finalizer of MurmurHash3 (A. Appleby, 2011).
 inline uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x85ebca6bu;
@@ -125,8 +119,9 @@ struct RowRun {
 };
 
 struct IsaKernels {
-  Found (*pool)(const Pool&);
-  Found (*weight_dots)(const Pool&);
+  // These give the position of the first id that the policy refuses, or -1.
+  int64_t (*pool)(const Pool&);
+  int64_t (*weight_dots)(const Pool&);
   void (*update)(const RowRun&, const RuleNumbers&);
   void (*row_sums)(const RowRun&, const RuleNumbers&);
   void (*row_grads)(const RowRun&);

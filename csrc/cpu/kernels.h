@@ -11,6 +11,7 @@ void permute_segments(StableIValue* stack, uint64_t, uint64_t);
 void regroup(StableIValue* stack, uint64_t, uint64_t);
 void regroup_grad(StableIValue* stack, uint64_t, uint64_t);
 void lookup(StableIValue* stack, uint64_t, uint64_t);
+void count_bad_ids(StableIValue* stack, uint64_t, uint64_t);
 void update_(StableIValue* stack, uint64_t, uint64_t);
 void row_sums(StableIValue* stack, uint64_t, uint64_t);
 void row_grads(StableIValue* stack, uint64_t, uint64_t);

@@ -52,21 +52,17 @@ std::vector<Task> split(const Call& call, const std::vector<TableView>& tables, 
 
 // Runs a kernel over all tasks; throws for the first bad id of the call.
 void run(const Call& call, const std::vector<TableView>& tables, const std::vector<Task>& tasks,
-         Found (*kernel)(const Pool&), int64_t* ignored) {
+         int64_t (*kernel)(const Pool&)) {
   int64_t bytes = 0;
   for (const Task& task : tasks) {
     bytes += (task.pool.last_id - task.pool.first_id) * task.pool.table.row_bytes();
   }
   const int64_t count = static_cast<int64_t>(tasks.size());
-  std::vector<Found> found(tasks.size());
-  run_tasks(count, bytes < kSmallBytes, [&](int64_t i) { found[i] = kernel(tasks[i].pool); });
+  std::vector<int64_t> bad(tasks.size());
+  run_tasks(count, bytes < kSmallBytes, [&](int64_t i) { bad[i] = kernel(tasks[i].pool); });
   for (int64_t i = 0; i < count; ++i) {
-    if (found[i].bad_position >= 0) {
-      throw_bad_id(call, tables, *tasks[i].group, found[i].bad_position);
-    }
+    if (bad[i] >= 0) throw_bad_id(call, tables, *tasks[i].group, bad[i]);
   }
-  if (ignored == nullptr) return;
-  for (int64_t i = 0; i < count; ++i) ignored[tasks[i].group->feature] += found[i].num_ignored;
 }
 
 }  // namespace
@@ -76,18 +72,34 @@ void lookup(StableIValue* stack, uint64_t, uint64_t) {
   Call call(arguments);
   const std::vector<Tensor> tables = arguments.tensors();
   const int64_t rows = arguments.integer(), width = arguments.integer();
-  const Tensor ignored = arguments.tensor();
   call.lay_out(tables, rows, width);
   const std::vector<TableView> views = view_tables(tables);
-  if (ignored.dtype() != DType::kInt64 || ignored.numel() != call.num_features()) {
-    throw std::runtime_error("shardwise: ignored must be int64 [features]");
-  }
   Tensor result = Tensor::empty({rows, width}, aoti_torch_dtype_float32());
   float* out = result.mutable_data<float>();
   // Fresh 4 KB pages of a large result would cost more than the lookup that fills them.
   constexpr int64_t kLarge = 8 << 20;
   if (rows * width * 4 > kLarge) advise_huge_pages(out, rows * width * sizeof(float));
-  run(call, views, split(call, views, out, nullptr), isa().pool, ignored.mutable_data<int64_t>());
+  run(call, views, split(call, views, out, nullptr), isa().pool);
+  arguments.give(std::move(result));
+}
+
+void count_bad_ids(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  Call call(arguments);
+  const std::vector<Tensor> tables = arguments.tensors();
+  const int64_t rows = arguments.integer(), width = arguments.integer();
+  call.lay_out(tables, rows, width);
+  const std::vector<TableView> views = view_tables(tables);
+  Tensor result = Tensor::empty({call.num_features()}, aoti_torch_dtype_int64());
+  int64_t* counts = result.mutable_data<int64_t>();
+  std::fill_n(counts, call.num_features(), 0);
+  const Ids ids = call.ids();
+  for (const Group& group : call.groups()) {
+    const int64_t end = group.first_id + group.num_ids;
+    for (int64_t i = group.first_id; i < end; ++i) {
+      counts[group.feature] += ids[i] < 0 || ids[i] >= views[group.table].rows;
+    }
+  }
   arguments.give(std::move(result));
 }
 
@@ -109,7 +121,7 @@ void weight_grads(StableIValue* stack, uint64_t, uint64_t) {
     std::vector<Task> own;
     std::copy_if(tasks.begin(), tasks.end(), std::back_inserter(own),
                  [f](const Task& task) { return task.group->feature == f; });
-    run(call, views, own, isa().weight_dots, nullptr);
+    run(call, views, own, isa().weight_dots);
   }
   arguments.give(std::move(result));
 }

@@ -13,6 +13,7 @@ from shardwise.ops.lookup import (
     Ids,
     Pooling,
     Update,
+    count_bad_ids,
     lookup,
     plan_backward,
     restrict,
@@ -97,7 +98,8 @@ class TableCollection(nn.Module):
             [(i, o.table, poolings[o.table], o.width) for i, o in zip(inputs, outputs, strict=True)],
             dtype=torch.int64,
         ).view(-1, 4)
-        self._ignored = torch.zeros(len(outputs), dtype=torch.int64)
+        ignored = torch.zeros(len(outputs), dtype=torch.int64, device="cpu")
+        self.register_buffer("_ignored", ignored, persistent=False)
         self._updates: list[Update] = []
         self._fused_optimizers: list[TableOptimizer] = []
         self._way = plan_backward(self._features, len(stores))
@@ -120,7 +122,7 @@ class TableCollection(nn.Module):
     @property
     def num_ignored_ids(self) -> dict[str, int]:
         """Ids left out so far under `BadIds.IGNORE`, by output."""
-        counts: list[int] = self._ignored.tolist()
+        counts: list[int] = self.get_buffer("_ignored").tolist()
         return {o.name: count for o, count in zip(self._outputs, counts, strict=True)}
 
     # ---- rules
@@ -173,8 +175,13 @@ class TableCollection(nn.Module):
     def bind_tagged(self) -> None:
         """Bind the rules that parameters are tagged with; `fused_optimizers` holds their state."""
         self._has_read_tags = True
-        parameters = self.table_parameters()
-        for optimizer_class, options, names in read_tags(parameters):
+        tags = read_tags(self.table_parameters())
+        if tags and torch.compiler.is_compiling():
+            raise RuntimeError(
+                "tables are tagged with optimizers that are not bound yet, which tracing cannot do: "
+                "read `fused_optimizers` of the collection, or run it once, before compiling"
+            )
+        for optimizer_class, options, names in tags:
             rule = bind_rule(optimizer_class, **options)
             lr = torch.tensor(rule.lr, dtype=torch.float32)
             binding = self.bind_rule(rule, lr, in_backward=True, parameters=names)
@@ -236,10 +243,12 @@ class TableCollection(nn.Module):
             self._bad_ids,
         )
         tables = [store.weight for store in self._stores]
+        if self._bad_ids == BadIds.IGNORE:
+            self.get_buffer("_ignored").add_(count_bad_ids(tables, call, shape))
         if torch.compiler.is_compiling():
-            return lookup(tables, call, shape, way=self._way, ignored=self._ignored)
+            return lookup(tables, call, shape, way=self._way)
         try:
-            return lookup(tables, call, shape, way=self._way, ignored=self._ignored)
+            return lookup(tables, call, shape, way=self._way)
         except RuntimeError as error:
             raise self._explain(error, features) from None
 

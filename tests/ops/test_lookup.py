@@ -19,6 +19,7 @@ from shardwise.ops.lookup import (
     Settings,
     Update,
     apply_update,
+    count_bad_ids,
     lookup,
     plan_backward,
     reference,
@@ -80,15 +81,12 @@ def make_case(
 
 
 def run(case: Case, way=None) -> Tensor:
-    features = case.call.features
-    ignored = torch.zeros(len(features), dtype=torch.int64)
-    way = way or plan_backward(features, len(case.tables))
-    return lookup(case.tables, case.call, case.shape, way=way, ignored=ignored)
+    way = way or plan_backward(case.call.features, len(case.tables))
+    return lookup(case.tables, case.call, case.shape, way=way)
 
 
 def expected(case: Case) -> Tensor:
-    ignored = torch.zeros(len(case.call.features), dtype=torch.int64)
-    return reference.lookup(case.call, case.tables, *case.shape, ignored)
+    return reference.lookup(case.call, case.tables, *case.shape)
 
 
 def close(actual: Tensor, wanted: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -518,12 +516,9 @@ def test_bad_ids_follow_the_policy(policy, rows):
     check_update(case, make_update(case, RULES[2]))
 
 
-def test_ignored_ids_are_counted():
+def test_bad_ids_are_counted():
     case = bad_case(BadIds.IGNORE)
-    ignored = torch.zeros(1, dtype=torch.int64)
-    way = plan_backward(case.call.features, 1)
-    lookup(case.tables, case.call, case.shape, way=way, ignored=ignored)
-    assert ignored.tolist() == [3]
+    assert count_bad_ids(case.tables, case.call, case.shape).tolist() == [3]
 
 
 @pytest.mark.parametrize(
@@ -562,12 +557,10 @@ def test_bad_arguments_are_refused_by_the_compiled_operator(change, message):
 # ---- more
 
 
-def test_rows_past_2_to_31_elements_are_found():
+def test_rows_past_2_to_31_elements_are_found(untouched_memory):
     """The table is virtual: only the pages that are touched exist."""
     rows, width = 2**27 + 3, 16  # 8.6 GB of address space
-    table = torch.empty(0)
-    with NoFill():
-        table = torch.empty(rows, width)
+    table = torch.empty(rows, width)
     last = torch.tensor([rows - 1, 2**27, 1])
     table[last] = torch.arange(48.0).view(3, 16)
     case = replace(
@@ -581,8 +574,7 @@ def test_rows_past_2_to_31_elements_are_found():
         shape=(2, 16),
     )
     assert run(case)[0].tolist() == list(range(16))
-    with NoFill():
-        state = torch.empty(rows)
+    state = torch.empty(rows)
     state[last] = 0.0
     update = Update(
         rule=RULES[2],
@@ -598,24 +590,13 @@ def test_rows_past_2_to_31_elements_are_found():
     torch.testing.assert_close(table[last], torch.arange(48.0).view(3, 16) - 1)
 
 
-class NoFill:
-    """Leave the pages of `torch.empty` untouched, so that they take no memory."""
-
-    def __enter__(self):
-        self.before = torch.utils.deterministic.fill_uninitialized_memory
-        torch.utils.deterministic.fill_uninitialized_memory = False
-
-    def __exit__(self, *_):
-        torch.utils.deterministic.fill_uninitialized_memory = self.before
-
-
-@pytest.mark.parametrize("operator", ["lookup", "update_", "weight_grads"])
+@pytest.mark.parametrize("operator", ["lookup", "count_bad_ids", "update_", "weight_grads"])
 def test_opcheck(operator):
     case = make_case(bags=4, is_weighted=True)
     update = make_update(case, RULES[2])
     op = getattr(torch.ops.shardwise, operator).default
-    if operator == "lookup":
-        arguments = (*case.call, case.tables, *case.shape, torch.zeros(2, dtype=torch.int64))
+    if operator in ("lookup", "count_bad_ids"):
+        arguments = (*case.call, case.tables, *case.shape)
     else:
         arguments = (case.grad, *case.call, case.tables)
     if operator == "update_":

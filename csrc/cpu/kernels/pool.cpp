@@ -5,8 +5,8 @@
 
 namespace shardwise::cpu::SHARDWISE_ISA {
 
-Found pool(const Pool& p);
-Found weight_dots(const Pool& p);
+int64_t pool(const Pool& p);
+int64_t weight_dots(const Pool& p);
 
 namespace {
 
@@ -29,29 +29,26 @@ bool all_good(const Id* ids, int64_t count, int64_t rows) {
   return is_good;
 }
 
-// Reads the ids [first_id, last_id) under the policy. Gives whether some read no row.
-bool read_rows(const Pool& p, RowIds* rows, std::vector<int64_t>* resolved, Found* found) {
+// Reads the ids [first_id, last_id) under the policy, and notes whether some read no row. Gives the
+// position of the first id that the policy refuses, or -1.
+int64_t read_rows(const Pool& p, RowIds* rows, bool* has_gaps, std::vector<int64_t>* resolved) {
   const int64_t count = p.last_id - p.first_id;
   if (p.ids.is_long) {
     rows->longs = static_cast<const int64_t*>(p.ids.data) + p.first_id;
-    if (all_good(rows->longs, count, p.table.rows)) return false;
+    if (all_good(rows->longs, count, p.table.rows)) return -1;
   } else {
     rows->ints = static_cast<const int32_t*>(p.ids.data) + p.first_id;
-    if (all_good(rows->ints, count, p.table.rows)) return false;
+    if (all_good(rows->ints, count, p.table.rows)) return -1;
   }
   resolved->resize(count);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = resolve(p.ids[p.first_id + i], p.table.rows, p.ids.bad_ids);
     (*resolved)[i] = row;
-    if (row >= 0) continue;
-    if (p.ids.bad_ids == BadIds::kRaise) {
-      found->bad_position = p.first_id + i;
-      return true;
-    }
-    ++found->num_ignored;
+    if (row < 0 && p.ids.bad_ids == BadIds::kRaise) return p.first_id + i;
+    *has_gaps |= row < 0;
   }
   rows->longs = resolved->data();
-  return found->num_ignored > 0;
+  return -1;
 }
 
 template <typename T>
@@ -145,12 +142,11 @@ SHARDWISE_INLINE void sum_bag(const Rows<T>& rows, int64_t begin, int64_t end,
 }
 
 template <typename T>
-Found pool_rows(const Pool& p) {
-  Found found;
+int64_t pool_rows(const Pool& p) {
   std::vector<int64_t> resolved;
   Rows<T> rows{p, {}, false, p.last_id - p.first_id};
-  rows.has_gaps = read_rows(p, &rows.ids, &resolved, &found);
-  if (found.bad_position >= 0) return found;
+  const int64_t refused = read_rows(p, &rows.ids, &rows.has_gaps, &resolved);
+  if (refused >= 0) return refused;
   const Columns columns(p.table.width);
   for (int64_t i = 0; i < kAhead; ++i) rows.prefetch(i);
   float* out = p.out;
@@ -158,7 +154,7 @@ Found pool_rows(const Pool& p) {
     for (int64_t i = 0; i < rows.count; ++i, out += p.stride) {
       sum_bag(rows, i, i + 1, columns, 1.0f, out);
     }
-    return found;
+    return -1;
   }
   for (int64_t bag = p.first_bag; bag < p.last_bag; ++bag, out += p.stride) {
     const int64_t begin = p.ids.offsets[bag], end = p.ids.offsets[bag + 1];
@@ -166,7 +162,7 @@ Found pool_rows(const Pool& p) {
     sum_bag(rows, begin - p.first_id, end - p.first_id, columns,
             divides ? static_cast<float>(end - begin) : 1.0f, out);
   }
-  return found;
+  return -1;
 }
 
 template <typename T>
@@ -179,12 +175,11 @@ SHARDWISE_INLINE float dot(const T* row, const float* grad, int64_t width) {
 }
 
 template <typename T>
-Found dot_rows(const Pool& p) {
-  Found found;
+int64_t dot_rows(const Pool& p) {
   std::vector<int64_t> resolved;
   Rows<T> rows{p, {}, false, p.last_id - p.first_id};
-  rows.has_gaps = read_rows(p, &rows.ids, &resolved, &found);
-  if (found.bad_position >= 0) return found;
+  const int64_t refused = read_rows(p, &rows.ids, &rows.has_gaps, &resolved);
+  if (refused >= 0) return refused;
   const float* grad = p.out;
   const auto run = [&](int64_t begin, int64_t end) {
     const float divisor = p.pooling == Pooling::kMean ? static_cast<float>(end - begin) : 1.0f;
@@ -197,22 +192,22 @@ Found dot_rows(const Pool& p) {
   };
   if (p.pooling == Pooling::kNone) {
     for (int64_t i = 0; i < rows.count; ++i) run(i, i + 1);
-    return found;
+    return -1;
   }
   for (int64_t bag = p.first_bag; bag < p.last_bag; ++bag) {
     run(p.ids.offsets[bag] - p.first_id, p.ids.offsets[bag + 1] - p.first_id);
   }
-  return found;
+  return -1;
 }
 
 }  // namespace
 
-Found pool(const Pool& p) {
+int64_t pool(const Pool& p) {
   if (p.table.dtype == DType::kFloat32) return pool_rows<float>(p);
   return p.table.dtype == DType::kFloat16 ? pool_rows<Half>(p) : pool_rows<BFloat>(p);
 }
 
-Found weight_dots(const Pool& p) {
+int64_t weight_dots(const Pool& p) {
   if (p.table.dtype == DType::kFloat32) return dot_rows<float>(p);
   return p.table.dtype == DType::kFloat16 ? dot_rows<Half>(p) : dot_rows<BFloat>(p);
 }

@@ -5,8 +5,8 @@
 
 namespace shardwise::cpu::SHARDWISE_ISA {
 
-Found pool(const Pool& p);
-Found weight_dots(const Pool& p);
+int64_t pool(const Pool& p);
+int64_t weight_dots(const Pool& p);
 
 namespace {
 

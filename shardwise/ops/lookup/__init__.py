@@ -36,6 +36,7 @@ __all__ = [
     "Way",
     "advise_huge_pages",
     "apply_update",
+    "count_bad_ids",
     "lookup",
     "plan_backward",
     "restrict",
@@ -79,6 +80,11 @@ _lookup = register(
     "lookup",
     reference=lambda *a: reference.lookup(Ids(*a[:8]), *a[8:]),
     fake=lambda *a: a[0].new_empty(a[9], a[10], dtype=torch.float32),
+)
+_count_bad_ids = register(
+    "count_bad_ids",
+    reference=lambda *a: reference.count_bad_ids(Ids(*a[:8]), *a[8:]),
+    fake=lambda *a: a[0].new_empty(a[4].shape[0], dtype=torch.int64),
 )
 _update = register(
     "update_",
@@ -255,20 +261,19 @@ class _Lookup(torch.autograd.Function):
         call: Ids,
         way: Way,
         shape: tuple[int, int],
-        ignored: Tensor,
         weights: Tensor,
         *tables: Tensor,
     ) -> Tensor:
         call = call._replace(weights=weights)
         ctx.call, ctx.way, ctx.tables = call, way, tables
-        result: Tensor = _lookup(*call, list(tables), *shape, ignored)
+        result: Tensor = _lookup(*call, list(tables), *shape)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, call, way, tables = grads[0].contiguous(), ctx.call, ctx.way, ctx.tables
         weight_grad = None
-        if ctx.needs_input_grad[4]:  # before any update: it reads the rows as forward saw them
+        if ctx.needs_input_grad[3]:  # before any update: it reads the rows as forward saw them
             weight_grad = _weight_grads(grad, *call, list(tables)).to(call.weights.dtype)
         by_table: dict[int, Tensor] = {}
         if way.dense:
@@ -277,7 +282,7 @@ class _Lookup(torch.autograd.Function):
             by_table |= zip(way.sparse, _sparse_grads(grad, call, way, tables), strict=True)
         for update in way.updates:
             _run_update(grad, call, update, tables)
-        return None, None, None, None, weight_grad, *map(by_table.get, range(len(tables)))
+        return None, None, None, weight_grad, *map(by_table.get, range(len(tables)))
 
 
 def lookup(
@@ -286,7 +291,6 @@ def lookup(
     shape: tuple[int, int],
     *,
     way: Way,
-    ignored: Int[Tensor, " F"],
 ) -> Float[Tensor, "rows width"]:
     """Look up every feature of a call.
 
@@ -299,7 +303,6 @@ def lookup(
         call: Ids and their layout, see `reference.Ids`. Weights are float32.
         shape: Shape of the result.
         way: How gradients reach the tables.
-        ignored: Raised, per feature, by the number of ids that `BadIds.IGNORE` left out.
 
     Returns:
         float32, on the device of the ids. Sums are kept in float32.
@@ -312,9 +315,17 @@ def lookup(
         call.weights.requires_grad or any(table.requires_grad for table in tables)
     )
     if not needs_grad:
-        result: Tensor = _lookup(*call, list(tables), *shape, ignored)
+        result: Tensor = _lookup(*call, list(tables), *shape)
         return result
-    result = _Lookup.apply(call, way, shape, ignored, call.weights, *tables)
+    result = _Lookup.apply(call, way, shape, call.weights, *tables)
+    return result
+
+
+def count_bad_ids(
+    tables: Sequence[Tensor], call: Ids, shape: tuple[int, int]
+) -> Int[Tensor, " F"]:
+    """Count the ids of each feature that are negative or past their table."""
+    result: Tensor = _count_bad_ids(*call, list(tables), *shape)
     return result
 
 

@@ -141,20 +141,26 @@ def block(buffer: Tensor, group: Group) -> Tensor:
     return buffer.as_strided((group.num_rows, group.width), (group.stride, 1), group.out)
 
 
-def lookup(
-    call: Ids, tables: list[Tensor], rows: int, width: int, ignored: Tensor
-) -> Tensor:
-    """Look up all features; give [rows, width]. Counts left-out ids per feature in `ignored`."""
+def lookup(call: Ids, tables: list[Tensor], rows: int, width: int) -> Tensor:
+    """Look up all features; give [rows, width]."""
     check_offsets(call)
     out = torch.zeros(rows, width, device=call.ids.device)
     for group in groups(call, width):
         table = tables[group.table]
         found, is_good = resolve(call, group, table.shape[0])
-        ignored[group.feature] += is_good.numel() - is_good.sum()
         values = table[found].float() * coefficients(call, group, is_good)[:, None]
         bag, _ = bag_of_ids(call, group)
         block(out, group).index_add_(0, bag[is_good], values)
     return out
+
+
+def count_bad_ids(call: Ids, tables: list[Tensor], rows: int, width: int) -> Tensor:
+    """Count, per feature, the ids that are negative or past their table."""
+    counts = torch.zeros(call.features.shape[0], dtype=torch.int64, device=call.ids.device)
+    for group in groups(call, width):
+        ids = call.ids[group.start : group.stop]
+        counts[group.feature] += ((ids < 0) | (ids >= tables[group.table].shape[0])).sum()
+    return counts
 
 
 class Touched(NamedTuple):

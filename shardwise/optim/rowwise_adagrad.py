@@ -1,0 +1,137 @@
+"""Adagrad with one accumulator per row, for parameters with ordinary gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+
+class RowWiseAdagrad(torch.optim.Optimizer):
+    """Adagrad that adds up the mean squared gradient of each row instead of each element.
+
+    With g the gradient plus `weight_decay` times the weight, a step is
+
+        sum += mean(g ** 2 over the row)
+        weight -= lr / (1 + (step - 1) * lr_decay) * g / (sqrt(sum) + eps)
+
+    The state is `step`, and `sum` [rows, 1] in float32 or wider; each element of a vector is a row.
+    A row-sparse gradient gives the same weights as the dense one: it touches only its rows unless
+    there is weight decay, which changes every row. As the rule of tables that are updated in
+    backward (`optim.in_backward`), the decay reaches touched rows only.
+
+    After J. Duchi, E. Hazan, Y. Singer, "Adaptive subgradient methods", JMLR 12, 2011, with the
+    diagonal averaged over rows.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: The learning rate; a number or a tensor.
+        lr_decay: How fast the learning rate falls with the number of steps.
+        weight_decay: L2 penalty.
+        initial_accumulator_value: What `sum` starts from.
+        eps: Added to the denominator.
+        maximize: Go up the gradient instead of down.
+
+    Raises:
+        ValueError: A number is negative.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        """Make the state of all parameters."""
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+        }
+        for name, value in defaults.items():
+            if not value >= 0:
+                raise ValueError(f"RowWiseAdagrad: {name} must be at least 0, got {value}")
+        super().__init__(params, {**defaults, "maximize": maximize})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters and make their state."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            num_rows = param.shape[0] if param.dim() else 1
+            self.state[param] = {
+                "step": torch.zeros(()),
+                "sum": torch.full(
+                    (num_rows, 1),
+                    float(group["initial_accumulator_value"]),
+                    dtype=torch.promote_types(param.dtype, torch.float32),
+                    device=param.device,
+                ),
+            }
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient.
+
+        Args:
+            closure: Computes the loss and the gradients anew.
+
+        Returns:
+            What `closure` returned.
+
+        Raises:
+            ValueError: A gradient is sparse in more than rows.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.numel():
+                    _update(param, param.grad, self.state[param], group)
+        return loss
+
+
+def _update(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    state["step"] += 1
+    rate = group["lr"] / (1 + (state["step"].item() - 1) * group["lr_decay"])
+    if group["maximize"]:
+        grad = -grad
+    if group["weight_decay"]:
+        grad = grad.to_dense() if grad.is_sparse else grad
+        grad = grad.add(param, alpha=group["weight_decay"])
+    total = state["sum"]
+    if not grad.is_sparse:
+        matrix = param.reshape(total.shape[0], -1)
+        step = _add_up(grad.reshape_as(matrix), total, rate, group["eps"])
+        param.copy_((matrix - step).view_as(param))
+        return
+    if grad.sparse_dim() != 1:
+        raise ValueError(
+            f"RowWiseAdagrad: parameter {tuple(param.shape)} has a gradient that is sparse in "
+            f"{grad.sparse_dim()} dimensions; only rows may be sparse"
+        )
+    grad = grad.coalesce()
+    rows, values = grad.indices()[0], grad.values()
+    touched = total[rows]
+    step = _add_up(
+        values.flatten(1) if values.dim() > 1 else values[:, None], touched, rate, group["eps"]
+    )
+    total.index_copy_(0, rows, touched)
+    param.index_copy_(0, rows, (param[rows] - step.view_as(values)).to(param.dtype))
+
+
+def _add_up(grad: Tensor, total: Tensor, rate: float | Tensor, eps: float) -> Tensor:
+    """Add to the sums of rows in place, and give what to subtract from them."""
+    grad = grad.to(total.dtype)
+    total += grad.square().mean(1, keepdim=True)
+    return rate * grad / (total.sqrt() + eps)

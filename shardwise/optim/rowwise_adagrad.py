@@ -102,6 +102,11 @@ class RowWiseAdagrad(torch.optim.Optimizer):
 
 
 def _update(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    if grad.is_sparse and grad.sparse_dim() != 1:
+        raise ValueError(
+            f"RowWiseAdagrad: parameter {tuple(param.shape)} has a gradient that is sparse in "
+            f"{grad.sparse_dim()} dimensions; only rows may be sparse"
+        )
     state["step"] += 1
     rate = group["lr"] / (1 + (state["step"].item() - 1) * group["lr_decay"])
     if group["maximize"]:
@@ -110,28 +115,21 @@ def _update(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str,
         grad = grad.to_dense() if grad.is_sparse else grad
         grad = grad.add(param, alpha=group["weight_decay"])
     total = state["sum"]
-    if not grad.is_sparse:
-        matrix = param.reshape(total.shape[0], -1)
-        step = _add_up(grad.reshape_as(matrix), total, rate, group["eps"])
-        param.copy_((matrix - step).view_as(param))
-        return
-    if grad.sparse_dim() != 1:
-        raise ValueError(
-            f"RowWiseAdagrad: parameter {tuple(param.shape)} has a gradient that is sparse in "
-            f"{grad.sparse_dim()} dimensions; only rows may be sparse"
-        )
-    grad = grad.coalesce()
-    rows, values = grad.indices()[0], grad.values()
-    touched = total[rows]
-    step = _add_up(
-        values.flatten(1) if values.dim() > 1 else values[:, None], touched, rate, group["eps"]
-    )
-    total.index_copy_(0, rows, touched)
-    param.index_copy_(0, rows, (param[rows] - step.view_as(values)).to(param.dtype))
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        rows, values = grad.indices()[0], grad.values()
+        touched = total[rows]
+        step = _add_up(values[..., None].flatten(1), touched, rate, group)
+        total.index_copy_(0, rows, touched)
+        param.index_copy_(0, rows, (param[rows] - step.view_as(values)).to(param.dtype))
+    else:
+        step = _add_up(grad.reshape(total.shape[0], -1), total, rate, group)
+        param.copy_(param - step.view(param.shape))
 
 
-def _add_up(grad: Tensor, total: Tensor, rate: float | Tensor, eps: float) -> Tensor:
-    """Add to the sums of rows in place, and give what to subtract from them."""
+def _add_up(grad: Tensor, total: Tensor, rate: float | Tensor, group: dict[str, Any]) -> Tensor:
+    """Add to the sums of rows in place, and give what to subtract from the rows."""
     grad = grad.to(total.dtype)
     total += grad.square().mean(1, keepdim=True)
-    return rate * grad / (total.sqrt() + eps)
+    denominator: Tensor = total.sqrt() + group["eps"]
+    return rate * grad / denominator

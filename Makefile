@@ -39,5 +39,5 @@ build: .venv/installed
 
 # The package in editable form; `build` makes its C++ operators.
 .venv/installed: .venv/torch pyproject.toml
-	$(BIN)/pip install -c .venv/torch -C wheel.cmake=false -e '.[train,test,dev]'
+	$(BIN)/pip install -c .venv/torch --config-settings wheel.cmake=false -e '.[train,test,dev]'
 	touch $@

@@ -1,8 +1,10 @@
 """What every test gets: fixed seeds, uninitialised memory that shows, ranks to run on."""
 
 import ctypes
+import inspect
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,11 +52,26 @@ def untouched_memory() -> None:
     """Leave fresh memory as it comes, so that a huge `torch.empty` takes address space only."""
 
 
+def shardwise_classes() -> set[type]:
+    modules = [module for name, module in sys.modules.items() if name.startswith("shardwise.")]
+    values = [value for module in modules for value in vars(module).values()]
+    return {v for v in values if isinstance(v, type) and v.__module__.startswith("shardwise.")}
+
+
 @pytest.fixture
-def no_shape_checks() -> Iterator[None]:
+def no_shape_checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Turn jaxtyping's checks off, which `torch.compile` and `torch.export` cannot trace."""
     before = jaxtyping_config.jaxtyping_disable
     jaxtyping_config.update("jaxtyping_disable", True)
+    # Off is not enough for methods of an object made in a traced region: there dynamo reads all
+    # that the wrapper holds.
+    for cls in shardwise_classes():
+        for name, method in list(vars(cls).items()):
+            function = method.__func__ if isinstance(method, staticmethod) else method
+            if getattr(function, "__globals__", {}).get("__name__") == "jaxtyping._decorator":
+                bare = inspect.unwrap(function)
+                is_static = isinstance(method, staticmethod)
+                monkeypatch.setattr(cls, name, staticmethod(bare) if is_static else bare)
     yield
     jaxtyping_config.update("jaxtyping_disable", before)
 

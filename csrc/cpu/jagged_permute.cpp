@@ -49,8 +49,10 @@ Counts count_values(const Tensor& lengths, const Counts& bags) {
 void check_counts(const Counts& counts, int64_t size, const char* what) {
   int64_t sum = 0;
   for (size_t s = 0; s < counts.size(); ++s) {
-    if (counts[s] < 0) {
-      refuse("segment " + std::to_string(s) + " has " + std::to_string(counts[s]) + " " + what);
+    // The upper bound keeps the sum from wrapping around.
+    if (counts[s] < 0 || counts[s] > size) {
+      refuse("segment " + std::to_string(s) + " has " + std::to_string(counts[s]) + " " + what +
+             ", there are " + std::to_string(size));
     }
     sum += counts[s];
   }

@@ -39,7 +39,7 @@ Plan read_plan(const std::vector<int64_t>& words, const std::vector<int64_t>& si
       if (next + 3 > words.size()) throw std::runtime_error("regroup: blocks end early");
       const int64_t input = words[next], start = words[next + 1], width = words[next + 2];
       if (input < 0 || input >= static_cast<int64_t>(widths.size()) || start < 0 || width < 0 ||
-          start + width > widths[input]) {
+          width > widths[input] - start) {
         throw std::runtime_error("regroup: a block is not within tensor " + std::to_string(input));
       }
       Block* last = i == 0 ? nullptr : &plan.blocks.back();

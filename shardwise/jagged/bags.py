@@ -5,7 +5,7 @@ from jaxtyping import Integer, Shaped
 from torch import Tensor
 
 from shardwise.jagged import storage
-from shardwise.jagged.layout import check_row_splits, lengths_from_offsets
+from shardwise.jagged.layout import as_integers, lengths_from_offsets
 from shardwise.ops.offsets import offsets_from_lengths
 
 
@@ -34,11 +34,14 @@ class Bags:
         lengths: Shaped[Tensor, "..."] | None = None,
         offsets: Shaped[Tensor, "..."] | None = None,
     ) -> None:
-        check_row_splits(type(self).__name__, lengths, offsets)
+        """Keep the fields; nothing is computed."""
+        owner = type(self).__name__
+        if lengths is None and offsets is None:
+            raise ValueError(f"{owner}: needs lengths or offsets, got neither")
         self._values = values
         self._weights = weights
-        self._lengths = lengths
-        self._offsets = offsets
+        self._lengths = as_integers(owner, "lengths", lengths)
+        self._offsets = as_integers(owner, "offsets", offsets)
 
     def device(self) -> torch.device:
         """Say where the values are."""

@@ -19,7 +19,7 @@ def bags_to_rows(
     lengths: Integer[Tensor, " B"],
     offsets: Integer[Tensor, " P"],
     width: int | None,
-    padding_value: float,
+    padding_value: float | int,
 ) -> Shaped[Tensor, " B N *rest"]:
     """Lay each bag in a row of `width` values: longer ones keep their head, shorter are padded.
 

@@ -92,7 +92,7 @@ class JaggedTensor(Bags):
         return dense.bags_to_list(self.weights(), self.lengths())
 
     def to_padded_dense(
-        self, desired_length: int | None = None, padding_value: float = 0.0
+        self, desired_length: int | None = None, padding_value: float | int = 0.0
     ) -> Shaped[Tensor, " B N *rest"]:
         """Lay the bags in rows of one width; longer bags keep their head.
 
@@ -105,7 +105,7 @@ class JaggedTensor(Bags):
         )
 
     def to_padded_dense_weights(
-        self, desired_length: int | None = None, padding_value: float = 0.0
+        self, desired_length: int | None = None, padding_value: float | int = 0.0
     ) -> Shaped[Tensor, " B N *rest"]:
         """Lay the weights in rows, as `to_padded_dense` does the values."""
         return dense.bags_to_rows(

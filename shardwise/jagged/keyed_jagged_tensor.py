@@ -68,6 +68,7 @@ class KeyedJaggedTensor(KeyedBags):
         jt_dict: dict[str, JaggedTensor] | None = None,
         inverse_indices: InverseIndices | None = None,
     ) -> None:
+        """Keep the fields; nothing is computed."""
         super().__init__(values, weights, lengths, offsets)
         self._keys = keys
         self._stride = stride

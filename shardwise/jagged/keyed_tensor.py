@@ -43,6 +43,7 @@ class KeyedTensor:
         offset_per_key: list[int] | None = None,
         index_per_key: dict[str, int] | None = None,
     ) -> None:
+        """Keep the fields; nothing is computed."""
         self._keys = keys
         self._length_per_key = length_per_key
         self._values = values

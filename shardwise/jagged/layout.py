@@ -19,19 +19,17 @@ def prefix_sums(counts: Sequence[int]) -> list[int]:
     return list(accumulate(counts, initial=0))
 
 
-def check_row_splits(owner: str, lengths: Tensor | None, offsets: Tensor | None) -> None:
-    """Refuse at construction what no later step could read.
+def as_integers(owner: str, name: str, tensor: Tensor | None) -> Tensor | None:
+    """Give lengths or offsets as they are; empty ones, which torch makes float, as int64.
 
     Raises:
-        ValueError: Neither lengths nor offsets are given.
-        TypeError: One of them is not of an integer dtype.
+        TypeError: They are not of an integer dtype.
     """
-    if lengths is None and offsets is None:
-        raise ValueError(f"{owner}: needs lengths or offsets, got neither")
-    if lengths is not None and lengths.dtype not in _INTEGERS and lengths.numel() > 0:
-        raise TypeError(f"{owner}: lengths must be of an integer dtype, got {lengths.dtype}")
-    if offsets is not None and offsets.dtype not in _INTEGERS and offsets.numel() > 0:
-        raise TypeError(f"{owner}: offsets must be of an integer dtype, got {offsets.dtype}")
+    if tensor is None or tensor.dtype in _INTEGERS:
+        return tensor
+    if tensor.numel() == 0:
+        return tensor.to(torch.int64)
+    raise TypeError(f"{owner}: {name} must be of an integer dtype, got {tensor.dtype}")
 
 
 def lengths_from_offsets(offsets: Integer[Tensor, "..."]) -> Integer[Tensor, "..."]:

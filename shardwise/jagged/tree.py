@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
+from shardwise.jagged.bags import Bags
 from shardwise.jagged.jagged_tensor import JaggedTensor
 from shardwise.jagged.keyed_jagged_tensor import KeyedJaggedTensor
 from shardwise.jagged.keyed_tensor import KeyedTensor
@@ -27,9 +28,14 @@ _KeyedJaggedContext = tuple[tuple[str, ...], tuple[str, ...] | None]
 _KeyedContext = tuple[tuple[str, ...], tuple[int, ...], int]
 
 
-def flatten_jagged(jagged: JaggedTensor) -> tuple[list[Tensor | None], None]:
+def _lengths(bags: Bags) -> Any:
+    """Give the lengths, which only leaves of a tree map may lack together with the offsets."""
+    return bags.lengths() if bags._lengths is None and bags._offsets is not None else bags._lengths
+
+
+def flatten_jagged(jagged: JaggedTensor) -> tuple[list[Any], None]:
     """Give values, weights, lengths and no offsets."""
-    return [jagged.values(), jagged.weights_or_none(), jagged.lengths(), None], None
+    return [jagged._values, jagged._weights, _lengths(jagged), None], None
 
 
 def unflatten_jagged(leaves: Iterable[Any], context: None) -> JaggedTensor:
@@ -42,16 +48,16 @@ def unflatten_jagged(leaves: Iterable[Any], context: None) -> JaggedTensor:
 
 def flatten_keyed_jagged(
     kjt: KeyedJaggedTensor,
-) -> tuple[list[Tensor | None], _KeyedJaggedContext]:
+) -> tuple[list[Any], _KeyedJaggedContext]:
     """Give values, weights, lengths, no offsets, strides and inverse indices; context the keys."""
-    inverse = kjt.inverse_indices_or_none()
+    inverse = kjt._inverse_indices
     strides = kjt._stride_per_key_per_rank
-    if strides is not None and not isinstance(strides, Tensor):
+    if isinstance(strides, list):
         strides = torch.tensor(strides, dtype=torch.int64).reshape(len(strides), -1)
-    leaves = [kjt.values(), kjt.weights_or_none(), kjt.lengths(), None, strides]
+    leaves = [kjt._values, kjt._weights, _lengths(kjt), None, strides]
     return (
         [*leaves, None if inverse is None else inverse[1]],
-        (tuple(kjt.keys()), None if inverse is None else tuple(inverse[0])),
+        (tuple(kjt._keys), None if inverse is None else tuple(inverse[0])),
     )
 
 
@@ -75,10 +81,10 @@ def unflatten_keyed_jagged(
     return _hold(KeyedJaggedTensor, **fields)
 
 
-def flatten_keyed(keyed: KeyedTensor) -> tuple[list[Tensor], _KeyedContext]:
+def flatten_keyed(keyed: KeyedTensor) -> tuple[list[Any], _KeyedContext]:
     """Give the values; context: keys, widths and the dimension they lie along."""
-    context = (tuple(keyed.keys()), tuple(keyed.length_per_key()), keyed.key_dim())
-    return [keyed.values()], context
+    context = (tuple(keyed._keys), tuple(keyed._length_per_key), keyed._key_dim)
+    return [keyed._values], context
 
 
 def unflatten_keyed(leaves: Iterable[Any], context: _KeyedContext) -> KeyedTensor:

@@ -12,38 +12,39 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 
-class TableRule(torch.optim.Optimizer):
-    """An optimizer that only names the update rule of embedding tables."""
+def refuse_step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> NoReturn:
+    """Say who runs the rule; the `step` of all classes here.
 
-    def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            RuntimeError: Always. Tables that run the rule need no step of this optimizer, and any
-                other parameter would silently not be trained.
-        """
-        name = type(self).__name__
-        shapes = [tuple(p.shape) for group in self.param_groups for p in group["params"]]
-        raise RuntimeError(
-            f"shardwise.optim.{name} names an update rule and cannot step parameters of shapes "
-            f"{shapes}; let the tables run it with in_backward(model, {name}, lr=...), and give "
-            "other parameters an optimizer of torch.optim"
-        )
+    Raises:
+        RuntimeError: Always. Tables that run the rule need no step of this optimizer, and any other
+            parameter would silently not be trained.
+    """
+    name = type(self).__name__
+    shapes = [tuple(param.shape) for group in self.param_groups for param in group["params"]]
+    raise RuntimeError(
+        f"shardwise.optim.{name} names an update rule and cannot step parameters of shapes "
+        f"{shapes}; let the tables run it with in_backward(model, {name}, lr=...), and give other "
+        "parameters an optimizer of torch.optim"
+    )
 
 
-class SGD(TableRule):
+class SGD(torch.optim.Optimizer):
     """Stochastic gradient descent."""
+
+    step = refuse_step
 
     def __init__(self, params: ParamsT, lr: float = 0.01, weight_decay: float = 0.0) -> None:
         """Name the rule."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
 
-class Adagrad(TableRule):
+class Adagrad(torch.optim.Optimizer):
     """Adagrad with a sum per element.
 
     J. Duchi, E. Hazan, Y. Singer, "Adaptive subgradient methods", JMLR 12, 2011.
     """
+
+    step = refuse_step
 
     def __init__(
         self,
@@ -59,11 +60,13 @@ class Adagrad(TableRule):
         super().__init__(params, {"lr": lr, **options})
 
 
-class LarsSGD(TableRule):
+class LarsSGD(torch.optim.Optimizer):
     """SGD with momentum whose rate follows norm of row over norm of gradient, row by row.
 
     Y. You, I. Gitman, B. Ginsburg, "Large batch training of convolutional networks", 2017.
     """
+
+    step = refuse_step
 
     def __init__(
         self,
@@ -78,7 +81,9 @@ class LarsSGD(TableRule):
         super().__init__(params, {"lr": lr, **options})
 
 
-class _MomentRule(TableRule):
+class _MomentRule(torch.optim.Optimizer):
+    step = refuse_step
+
     def __init__(
         self,
         params: ParamsT,

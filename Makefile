@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test slow check bench stats build
+.PHONY: demo test slow check bench docs stats build
 .DELETE_ON_ERROR:
 
 demo: build
@@ -22,6 +22,9 @@ check: .venv/installed
 
 bench: build
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: .venv/installed
+	$(BIN)/python tools/list_api.py
 
 stats:
 	$(PYTHON) tools/codestats.py --check .

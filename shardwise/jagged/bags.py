@@ -106,3 +106,11 @@ class Bags:
             "lengths": self._lengths,
             "offsets": self._offsets,
         }
+
+    def _tensors_as_in(self, other: "Bags") -> dict[str, Tensor | None]:
+        """Give the tensors, with lengths and offsets where `other` has them."""
+        return {
+            **self._tensors(),
+            "lengths": None if other._lengths is None else self.lengths(),
+            "offsets": None if other._offsets is None else self.offsets(),
+        }

@@ -118,7 +118,7 @@ class JaggedTensor(Bags):
 
     def copy_(self, source: "JaggedTensor", non_blocking: bool = False) -> "JaggedTensor":
         """Copy the fields of `source`, of equal shapes, into this tensor's memory."""
-        storage.copy_fields(self._tensors(), source._tensors(), non_blocking)
+        storage.copy_fields(self._tensors(), source._tensors_as_in(self), non_blocking)
         return self
 
     def validate(self) -> None:

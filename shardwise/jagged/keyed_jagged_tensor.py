@@ -331,7 +331,7 @@ class KeyedJaggedTensor(KeyedBags):
         """
         if self._keys != source._keys:
             raise ValueError(f"copy_: keys {self._keys} here, {source._keys} in the source")
-        storage.copy_fields(self._tensors(), source._tensors(), non_blocking)
+        storage.copy_fields(self._tensors(), source._tensors_as_in(self), non_blocking)
         self._stride_per_key_per_rank = source._stride_per_key_per_rank
         self._stride_per_key = source._stride_per_key
         self._lengths_offset_per_key = source._lengths_offset_per_key

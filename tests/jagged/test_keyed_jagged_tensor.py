@@ -34,6 +34,7 @@ def test_layout_is_derived_from_lengths() -> None:
     assert kjt.stride() == 2
     assert kjt.stride_per_key() == [2, 2, 2]
     assert kjt.offsets().tolist() == [0, 1, 3, 3, 6, 7, 7]
+    assert kjt.offsets().dtype == kjt.lengths().dtype
     assert kjt.length_per_key() == [3, 3, 1]
     assert kjt.offset_per_key() == [0, 3, 6, 7]
     assert kjt.lengths_offset_per_key() == [0, 2, 4, 6]
@@ -212,9 +213,16 @@ def test_empty_batch_keeps_its_keys() -> None:
 
 def test_copy_forgets_the_counts_of_before() -> None:
     target, source = example().sync(), example()
-    source.lengths().copy_(torch.tensor([2, 1, 3, 0, 0, 1]))
+    source.lengths().copy_(torch.tensor([0, 1, 2, 3, 0, 1]))
     target.to_dict()
-    assert target.copy_(source)["b"].lengths().tolist() == [3, 0]
+    assert bags(target.copy_(source), "b") == [[1, 2], [3, 4, 5]]
+
+
+def test_copy_renews_offsets_computed_before() -> None:
+    target, source = example(), example()
+    source.lengths().copy_(torch.tensor([0, 1, 2, 3, 0, 1]))
+    target.offsets()
+    assert target.copy_(source).offsets().tolist() == [0, 0, 1, 3, 6, 6, 7]
 
 
 def test_copy_between_other_keys_is_refused() -> None:

@@ -1,0 +1,278 @@
+"""DLRM: dense features and table rows that meet in dot products.
+
+Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation Systems"
+(2019, arXiv:1906.00091). Attribute names give the parameters the names they have in TorchRec, so
+that its state dicts load.
+"""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+
+from shardwise.jagged import KeyedJaggedTensor
+from shardwise.nn import MLP
+from shardwise.ops.regroup import Block, regroup
+from shardwise.tables import EmbeddingBagCollection
+from shardwise.tables.collection import list_outputs
+
+
+class SparseArch(nn.Module):
+    """Bags of ids to one vector per feature.
+
+    Args:
+        embedding_bag_collection: All its tables have one width.
+
+    Raises:
+        ValueError: There are no tables, or their widths differ.
+    """
+
+    def __init__(self, embedding_bag_collection: EmbeddingBagCollection) -> None:
+        """Take in the collection."""
+        super().__init__()
+        configs = embedding_bag_collection.embedding_bag_configs()
+        if not configs:
+            raise ValueError("SparseArch: the collection has no tables; it needs at least one")
+        self.embedding_dim: int = configs[0].embedding_dim
+        for config in configs:
+            if config.embedding_dim != self.embedding_dim:
+                raise ValueError(
+                    f"SparseArch: table {config.name!r} has embedding_dim {config.embedding_dim}, "
+                    f"table {configs[0].name!r} {self.embedding_dim}; all must have the same"
+                )
+        self.embedding_bag_collection = embedding_bag_collection
+        self._sparse_feature_names = [output.name for output in list_outputs(configs)]
+
+    @property
+    def sparse_feature_names(self) -> list[str]:
+        """Features in the order of the output; `feature@table` where several tables read one."""
+        return self._sparse_feature_names
+
+    def forward(self, features: KeyedJaggedTensor) -> Float[Tensor, "B F D"]:
+        """Look up and pool every feature.
+
+        Raises:
+            KeyError: A key is missing or unknown.
+            IndexError: An id is outside its table.
+        """
+        pooled: Tensor = self.embedding_bag_collection(features).values()
+        return pooled.view(-1, len(self._sparse_feature_names), self.embedding_dim)
+
+
+class DenseArch(nn.Module):
+    """Dense features to one vector, by an MLP with ReLU after every layer.
+
+    Args:
+        in_features: Number of dense features.
+        layer_sizes: Widths of the layers; the last is that of the tables.
+        device: Where the parameters lie.
+    """
+
+    def __init__(
+        self, in_features: int, layer_sizes: list[int], device: torch.device | str | None = None
+    ) -> None:
+        """Make the layers."""
+        super().__init__()
+        self.model = MLP(in_features, layer_sizes, device=device)
+
+    def forward(self, features: Float[Tensor, "B dense"]) -> Float[Tensor, "B D"]:
+        """Embed the dense features.
+
+        Raises:
+            ValueError: Their number is not `in_features`.
+        """
+        embedded: Tensor = self.model(features)
+        return embedded
+
+
+class InteractionArch(nn.Module):
+    """Dot products of all pairs among the dense vector and the sparse ones.
+
+    The vectors are numbered with the dense one first; pairs (i, j), i < j, come in the order (0, 1),
+    (0, 2), …, (1, 2), …, after the dense vector itself.
+
+    Args:
+        num_sparse_features: F, the number of sparse vectors; with none, only the dense one is left.
+    """
+
+    def __init__(self, num_sparse_features: int) -> None:
+        """Note the number of vectors."""
+        super().__init__()
+        self.num_sparse_features = num_sparse_features
+
+    def forward(
+        self, dense_features: Float[Tensor, "B D"], sparse_features: Float[Tensor, "B F D"]
+    ) -> Float[Tensor, "B dots"]:
+        """Give the dense vector and the products, D + F(F + 1)/2 columns.
+
+        Raises:
+            ValueError: The number of sparse vectors, or their width, is another.
+        """
+        num_sparse, width = self.num_sparse_features, dense_features.shape[1]
+        if num_sparse <= 0:
+            return dense_features
+        if sparse_features.shape[1:] != (num_sparse, width):
+            raise ValueError(
+                f"InteractionArch: wants {num_sparse} sparse vectors of width {width}, as the dense "
+                f"one, got {sparse_features.shape[1]} of width {sparse_features.shape[2]}"
+            )
+        vectors = torch.cat([dense_features.unsqueeze(1), sparse_features], dim=1)  # (B, F+1, D)
+        dots = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)  # (B, (F+1)²)
+        return regroup([dense_features, dots], [_above_diagonal(num_sparse, width)])[0]
+
+
+def _above_diagonal(num_sparse: int, width: int) -> list[Block]:
+    """List the dense vector, and what lies right of the diagonal in each row of the products."""
+    num_vectors = num_sparse + 1
+    rows = range(num_sparse)  # the last row has nothing there
+    return [(0, 0, width), *((1, i * num_vectors + i + 1, num_sparse - i) for i in rows)]
+
+
+class OverArch(nn.Module):
+    """Interactions to logits: an MLP with ReLU after every layer but the last.
+
+    Args:
+        in_features: Columns of the input.
+        layer_sizes: Widths of the layers, at least two; the last is the number of logits.
+        device: Where the parameters lie.
+
+    Raises:
+        ValueError: There are fewer than two layers.
+    """
+
+    def __init__(
+        self, in_features: int, layer_sizes: list[int], device: torch.device | str | None = None
+    ) -> None:
+        """Make the layers."""
+        super().__init__()
+        if len(layer_sizes) < 2:
+            raise ValueError(f"OverArch: layer_sizes needs at least two widths, got {layer_sizes}")
+        self.model = nn.Sequential(
+            MLP(in_features, layer_sizes[:-1], device=device),
+            nn.Linear(layer_sizes[-2], layer_sizes[-1], device=device),
+        )
+
+    def forward(self, features: Float[Tensor, "B dots"]) -> Float[Tensor, "B logits"]:
+        """Give the logits."""
+        logits: Tensor = self.model(features)
+        return logits
+
+
+class DLRM(nn.Module):
+    """Score samples of dense features and bags of ids.
+
+    Args:
+        embedding_bag_collection: The tables, all of one width D.
+        dense_in_features: Number of dense features.
+        dense_arch_layer_sizes: Widths of the layers over the dense features; the last is D.
+        over_arch_layer_sizes: Widths of the layers over the interactions, at least two; the last is
+            the number of logits, usually 1.
+        dense_device: Where the parameters lie, other than the tables'.
+
+    Raises:
+        ValueError: The widths do not fit together.
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection,
+        dense_in_features: int,
+        dense_arch_layer_sizes: list[int],
+        over_arch_layer_sizes: list[int],
+        dense_device: torch.device | str | None = None,
+    ) -> None:
+        """Make the dense parts."""
+        super().__init__()
+        self.sparse_arch = SparseArch(embedding_bag_collection)
+        width = self.sparse_arch.embedding_dim
+        if list(dense_arch_layer_sizes[-1:]) != [width]:
+            raise ValueError(
+                f"DLRM: dense_arch_layer_sizes {dense_arch_layer_sizes} must end in the tables' "
+                f"embedding_dim, {width}"
+            )
+        num_sparse = len(self.sparse_arch.sparse_feature_names)
+        num_columns = width + num_sparse * (num_sparse + 1) // 2
+        self.dense_arch = DenseArch(dense_in_features, dense_arch_layer_sizes, dense_device)
+        self.inter_arch = InteractionArch(num_sparse)
+        self.over_arch = OverArch(num_columns, over_arch_layer_sizes, dense_device)
+
+    def forward(
+        self, dense_features: Float[Tensor, "B dense"], sparse_features: KeyedJaggedTensor
+    ) -> Float[Tensor, "B logits"]:
+        """Give the logits.
+
+        Args:
+            dense_features: One row per sample.
+            sparse_features: The bags of the same samples, one key per feature.
+
+        Raises:
+            ValueError: The dense features have another number of columns, or of samples than the
+                sparse ones.
+            KeyError: A key is missing or unknown.
+            IndexError: An id is outside its table.
+        """
+        dense = self.dense_arch(dense_features)
+        sparse = self.sparse_arch(sparse_features)
+        if dense.shape[0] != sparse.shape[0]:
+            raise ValueError(
+                f"DLRM: dense_features have {dense.shape[0]} samples, sparse_features "
+                f"{sparse.shape[0]}"
+            )
+        logits: Tensor = self.over_arch(self.inter_arch(dense, sparse))
+        return logits
+
+
+class LabeledBatch(Protocol):
+    """What a training step takes in: a `shardwise.data.Batch`, or anything like it."""
+
+    @property
+    def dense_features(self) -> Tensor:
+        """One row of numbers per sample."""
+
+    @property
+    def sparse_features(self) -> KeyedJaggedTensor:
+        """One bag per key and sample."""
+
+    @property
+    def labels(self) -> Tensor:
+        """One per sample, or one row of them."""
+
+
+class DLRMTrain(nn.Module):
+    """A DLRM and its loss: binary cross-entropy of the logits, the mean over the batch.
+
+    Args:
+        dlrm_module: Gives logits for dense and sparse features.
+    """
+
+    def __init__(self, dlrm_module: nn.Module) -> None:
+        """Take in the model."""
+        super().__init__()
+        self.model = dlrm_module
+
+    def forward(
+        self, batch: LabeledBatch
+    ) -> tuple[
+        Float[Tensor, ""], tuple[Float[Tensor, ""], Float[Tensor, "..."], Num[Tensor, "..."]]
+    ]:
+        """Score a batch and compare with its labels.
+
+        Args:
+            batch: Labels are in [0, 1]: [B], or [B, k] for a model of k > 1 logits.
+
+        Returns:
+            The loss, and (loss, logits, labels) without gradient; one logit per sample is [B].
+
+        Raises:
+            ValueError: The labels have another shape than the logits.
+        """
+        logits = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
+        labels = batch.labels
+        if labels.shape != logits.shape:
+            raise ValueError(
+                f"DLRMTrain: labels have shape {list(labels.shape)}, logits {list(logits.shape)}; "
+                f"give one label per logit"
+            )
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return loss, (loss.detach(), logits.detach(), labels.detach())

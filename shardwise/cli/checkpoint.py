@@ -107,48 +107,61 @@ def read_state(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def load_tensors(path: Path, into: Mapping[str, Tensor]) -> None:
-    """Copy saved tensors into these; nothing is changed unless all of them can be.
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Read the tensors whose names begin with a prefix into new memory.
 
     Args:
         path: One checkpoint, whose files `read_state` has found whole.
-        into: By name. The checkpoint may hold others, which are not read.
+        prefix: What to read; by default everything.
 
     Raises:
-        ValueError: A tensor is not in the checkpoint or of another shape or dtype there, or its
-            data is damaged.
+        ValueError: The data is damaged.
     """
     reader = _Reader(path)
     try:
-        saved = reader.read_metadata().state_dict_metadata
+        described = reader.read_metadata().state_dict_metadata
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError) as error:
         raise ValueError(f"checkpoint {path}: file .metadata is damaged ({error})") from error
-    for name, tensor in into.items():
-        _check_same(path, name, tensor, saved.get(name))
-    loaded = {name: torch.empty_like(tensor) for name, tensor in into.items()}
+    tensors = {
+        name: torch.empty(saved.size, dtype=saved.properties.dtype)
+        for name, saved in described.items()
+        if name.startswith(prefix) and isinstance(saved, TensorStorageMetadata)
+    }
     try:
         with _one_process():
-            load(loaded, storage_reader=reader)
+            load(tensors, storage_reader=reader)
     except CheckpointException as error:
         raise ValueError(f"checkpoint {path}: the data of its tensors is damaged") from error
+    return tensors
+
+
+def copy_tensors(path: Path, saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into these; nothing is changed unless all of them fit.
+
+    Args:
+        path: Where they come from, for the message.
+        saved: What `read_tensors` gave.
+        into: Tensors of the same names.
+
+    Raises:
+        ValueError: The names differ, or a shape or a dtype.
+    """
+    missing, unknown = sorted(into.keys() - saved.keys()), sorted(saved.keys() - into.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"checkpoint {path}: it is of another model or optimizer: it lacks {missing} and has "
+            f"{unknown} too many"
+        )
+    for name, tensor in into.items():
+        here, there = (f"{list(t.shape)} {t.dtype}" for t in (tensor, saved[name]))
+        if here != there:
+            raise ValueError(
+                f"checkpoint {path}: tensor {name!r} is {there} there and {here} here; use the "
+                "config and the data it was saved with"
+            )
     with torch.no_grad():
         for name, tensor in into.items():
-            tensor.copy_(loaded[name])
-
-
-def _check_same(path: Path, name: str, tensor: Tensor, saved: Any) -> None:
-    here = f"{list(tensor.shape)} {tensor.dtype}"
-    if not isinstance(saved, TensorStorageMetadata):
-        raise ValueError(
-            f"checkpoint {path}: there is no tensor {name!r} ({here} here); it was saved from "
-            "another model or optimizer"
-        )
-    if saved.size != tensor.shape or saved.properties.dtype != tensor.dtype:
-        there = f"{list(saved.size)} {saved.properties.dtype}"
-        raise ValueError(
-            f"checkpoint {path}: tensor {name!r} is {there} there and {here} here; use the config "
-            "and the data it was saved with"
-        )
+            tensor.copy_(saved[name])
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def _section_reader(cls: type, converter: cattrs.Converter) -> Callable[[Any, An
     return structure
 
 
-def _explain(error: BaseException, kind: type | None) -> str:
+def _explain(error: BaseException, kind: Any) -> str:
     """Give the message of one fault, unknown fields with those that are known."""
     if not isinstance(error, ForbiddenExtraKeysError):
         return str(error)

@@ -95,7 +95,10 @@ class TableCollection(nn.Module):
         self._input_of_output = [self._input_names.index(output.feature) for output in outputs]
         inputs = range(len(outputs)) if repeats_inputs else self._input_of_output
         self._features = torch.tensor(
-            [(i, o.table, poolings[o.table], o.width) for i, o in zip(inputs, outputs, strict=True)],
+            [
+                (i, o.table, poolings[o.table], o.width)
+                for i, o in zip(inputs, outputs, strict=True)
+            ],
             dtype=torch.int64,
         ).view(-1, 4)
         ignored = torch.zeros(len(outputs), dtype=torch.int64, device="cpu")
@@ -167,8 +170,7 @@ class TableCollection(nn.Module):
             update=update,
             parameters={names[t]: self._stores[t].weight for t in tables},
             states={
-                names[t]: {**self._stores[t].states, "step": steps[i]}
-                for i, t in enumerate(tables)
+                names[t]: {**self._stores[t].states, "step": steps[i]} for i, t in enumerate(tables)
             },
         )
 

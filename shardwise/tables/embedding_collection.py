@@ -88,9 +88,7 @@ class EmbeddingCollection(TableCollection):
         counts = features.length_per_key()
         result = {}
         lengths = features.lengths().view(-1).split(features.stride_per_key())
-        pieces = zip(
-            self._outputs, values.split(counts), ids.split(counts), lengths, strict=True
-        )
+        pieces = zip(self._outputs, values.split(counts), ids.split(counts), lengths, strict=True)
         for output, vectors, own_ids, own_lengths in pieces:
             weights = own_ids if self._need_indices else None
             result[output.name] = JaggedTensor(vectors, weights=weights, lengths=own_lengths)

@@ -48,9 +48,7 @@ class Store(nn.Module):
         self.key = key
         self.part = part or Part(0, config.num_embeddings, 0, config.embedding_dim)
         self.states: dict[str, Tensor] = {}
-        rows = allocate(
-            (self.part.num_rows, self.part.num_columns), config.data_type.dtype, device
-        )
+        rows = allocate((self.part.num_rows, self.part.num_columns), config.data_type.dtype, device)
         self.weight = nn.Parameter(rows)
 
     @property
@@ -110,9 +108,7 @@ class Store(nn.Module):
             rows.copy_(filled)
 
 
-def allocate(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None
-) -> Tensor:
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Allocate memory for rows or their state, in 2 MB pages where the system has them."""
     memory = torch.empty(shape, dtype=dtype, device=device)
     if memory.device.type == "cpu":

@@ -66,7 +66,9 @@ def make_case(
         counts = torch.randint(0, bags + 1, (inputs, sources), generator=generator)
     lengths, ids = [], []
     for source, k in itertools.product(range(counts.shape[1]), range(inputs)):
-        lengths.append(torch.randint(0, longest + 1, (int(counts[k, source]),), generator=generator))
+        lengths.append(
+            torch.randint(0, longest + 1, (int(counts[k, source]),), generator=generator)
+        )
         many = int(lengths[-1].sum())
         ids.append(torch.randint(0, smallest[k], (many,), generator=generator))
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), *lengths]).cumsum(0)
@@ -374,9 +376,7 @@ def test_given_row_sums_replace_the_rules_own(rule):
     sums = torch.ops.shardwise.row_sums(case.grad, *case.call, case.tables, *arguments)
     wanted_case, wanted = copy(case, update)
     update_by_reference(wanted_case, wanted)
-    torch.ops.shardwise.update_(
-        case.grad, *case.call, case.tables, *arguments, -1, update.lr, sums
-    )
+    torch.ops.shardwise.update_(case.grad, *case.call, case.tables, *arguments, -1, update.lr, sums)
     for table, row in zip(case.tables, wanted_case.tables, strict=True):
         close(table, row)
 
@@ -398,7 +398,9 @@ def test_update_at_step_equals_update_in_backward(rule):
 def test_rows_given_twice_are_summed_before_the_update():
     table, state = torch.zeros(4, 2), torch.zeros(4)
     case = make_case([(4, 2)], [(0, 0, Pooling.SUM)])
-    update = replace(make_update(case, RULES[2]), states=[state], slots=torch.tensor([[0, 0, 0, 2]]))
+    update = replace(
+        make_update(case, RULES[2]), states=[state], slots=torch.tensor([[0, 0, 0, 2]])
+    )
     grads = torch.tensor([[1.0, 3.0], [2.0, 4.0], [-1.0, -3.0]])
     apply_update(update, [table], [torch.tensor([1, 3, 1])], [grads])
     assert state.tolist() == [0.0, 0.0, 0.0, 10.0]

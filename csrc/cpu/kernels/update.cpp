@@ -11,7 +11,7 @@ int64_t weight_dots(const Pool& p);
 namespace {
 
 constexpr int64_t kItemsAhead = 24;
-constexpr int64_t kRowsAhead = 8;
+constexpr int64_t kRowsAhead = 16;
 
 SHARDWISE_INLINE const float* grad_row(const RowRun& run, uint32_t item) {
   return run.grad + (run.where == nullptr ? item : run.where[item]);

@@ -116,14 +116,13 @@ SHARDWISE_INLINE Floats sqrt(const Floats& x) {
   });
 }
 
-// The sum of all lanes, in one order on every instruction set.
+// The sum of all lanes, in one order on every instruction set: halves are added until one is left.
 SHARDWISE_INLINE float sum(const Floats& x) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &x, sizeof(lanes));
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  }
-  return lanes[0];
+  typedef float Four __attribute__((vector_size(16)));
+  Four quarter[4];
+  std::memcpy(quarter, &x, sizeof(quarter));
+  const Four four = (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // ---- rows in memory
@@ -202,6 +201,12 @@ SHARDWISE_INLINE void store(Half* p, const Floats& x) {
 template <typename T>
 SHARDWISE_INLINE Floats load(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+    return {{reinterpret_cast<NativeFloats>(_mm512_maskz_loadu_ps(mask, p))}};
+  }
+#endif
   T lanes[kLanes] = {};
   std::memcpy(lanes, p, n * sizeof(T));
   return load(lanes);
@@ -209,6 +214,12 @@ SHARDWISE_INLINE Floats load(const T* p, int64_t n) {
 template <typename T>
 SHARDWISE_INLINE void store(T* p, const Floats& x, int64_t n) {
   if (n >= kLanes) return store(p, x);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+    return _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(x.part[0]));
+  }
+#endif
   T lanes[kLanes];
   store(lanes, x);
   std::memcpy(p, lanes, n * sizeof(T));

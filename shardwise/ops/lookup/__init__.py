@@ -321,9 +321,7 @@ def lookup(
     return result
 
 
-def count_bad_ids(
-    tables: Sequence[Tensor], call: Ids, shape: tuple[int, int]
-) -> Int[Tensor, " F"]:
+def count_bad_ids(tables: Sequence[Tensor], call: Ids, shape: tuple[int, int]) -> Int[Tensor, " F"]:
     """Count the ids of each feature that are negative or past their table."""
     result: Tensor = _count_bad_ids(*call, list(tables), *shape)
     return result

@@ -75,9 +75,7 @@ def groups(call: Ids, out_width: int) -> Iterator[Group]:
             bag, last = starts[key], starts[key + 1]
             start, stop = call.offsets[bag].item(), call.offsets[last].item()
             stride = out_width if call.columns else width
-            group = Group(
-                feature, table, pooling, width, bag, last - bag, start, stop, out, stride
-            )
+            group = Group(feature, table, pooling, width, bag, last - bag, start, stop, out, stride)
             yield group
             out += width if call.columns else group.num_rows * width
 
@@ -131,9 +129,7 @@ def check_offsets(call: Ids) -> None:
             f"{call.ids.numel()} ids"
         )
     if call.is_weighted and call.weights.numel() != call.ids.numel():
-        raise RuntimeError(
-            f"shardwise: {call.weights.numel()} weights for {call.ids.numel()} ids"
-        )
+        raise RuntimeError(f"shardwise: {call.weights.numel()} weights for {call.ids.numel()} ids")
 
 
 def block(buffer: Tensor, group: Group) -> Tensor:

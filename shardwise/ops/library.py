@@ -29,7 +29,8 @@ def _load() -> bool:
             stacklevel=2,
         )
     for schema in _SCHEMAS.read_text().splitlines()[1:-1]:
-        torch.library.define(f"shardwise::{schema.partition('(')[0]}", "(" + schema.partition("(")[2])
+        name, _, signature = schema.partition("(")
+        torch.library.define(f"shardwise::{name}", f"({signature}")
     return False
 
 

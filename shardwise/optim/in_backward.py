@@ -4,6 +4,7 @@ A collection of tables takes a rule by its `bind_rule` and gives back what the r
 module finds such collections in a model, and holds the learning rate and the state of a binding.
 """
 
+import importlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,15 +85,17 @@ class TableOptimizer(FusedOptimizer):
         super().__init__(params, state, [group])
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Hand over the learning rate; run the rules that wait for the step."""
+        loss = None
         if closure is not None:
             with torch.enable_grad():
-                closure()
+                loss = closure()
         self._push_lr()
         for binding in self._bindings.values():
             if not binding.update.in_backward:
                 _run(binding)
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Hand over the learning rate and drop the gradients."""
@@ -180,7 +183,7 @@ def read_tags(parameters: Mapping[str, nn.Parameter]) -> list[tuple[type, Any, l
             continue
         if len(classes) > 1:
             raise ValueError(f"parameter {name!r} is tagged with {len(classes)} optimizers, not 1")
-        options = parameter._optimizer_kwargs[0]  # type: ignore[attr-defined]
+        options = vars(parameter)["_optimizer_kwargs"][0]
         for cls, known, names in groups:
             if cls is classes[0] and known == options:
                 names.append(name)
@@ -222,8 +225,8 @@ def _step_as_gradients_arrive(
 ) -> None:
     with warnings.catch_warnings():  # torch 2.13 scripts on this import, and warns of scripting
         warnings.simplefilter("ignore", DeprecationWarning)
-        from torch.distributed.optim import _apply_optimizer_in_backward
-    _apply_optimizer_in_backward(optimizer_class, params, options)
+        optim = importlib.import_module("torch.distributed.optim")
+    optim._apply_optimizer_in_backward(optimizer_class, params, options)
 
 
 def in_backward_optimizer_filter(

@@ -108,7 +108,7 @@ class TableCollection(nn.Module):
         self._way = plan_backward(self._features, len(stores))
         self._has_read_tags = False
         for store in stores:
-            store.weight.is_table = True  # type: ignore[attr-defined]
+            vars(store.weight)["is_table"] = True  # for `apply_optimizer_in_backward`
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -180,7 +180,7 @@ class TableCollection(nn.Module):
         tags = read_tags(self.table_parameters())
         if tags and torch.compiler.is_compiling():
             raise RuntimeError(
-                "tables are tagged with optimizers that are not bound yet, which tracing cannot do: "
+                "tables are tagged with optimizers not bound yet, which tracing cannot do: "
                 "read `fused_optimizers` of the collection, or run it once, before compiling"
             )
         for optimizer_class, options, names in tags:

@@ -99,7 +99,7 @@ class PositionWeightedModuleCollection(nn.Module):
             IndexError: A bag is longer than its feature's maximum.
         """
         parts = []
-        for key in features.keys():
+        for key in list(features.keys()):
             feature = features[key]
             if key in self.position_weights:
                 parts.append(_weights_at(self.position_weights[key], feature, f"feature {key!r}"))
@@ -123,7 +123,7 @@ class FeatureProcessorsCollection(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """Give the input with the processors' weights; ids of other features keep theirs, or 1."""
         weights = []
-        for key in features.keys():
+        for key in list(features.keys()):
             feature = features[key]
             if key in self.processors:
                 feature = self.processors[key](feature)

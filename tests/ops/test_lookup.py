@@ -42,7 +42,7 @@ class Case:
     grad: Tensor
 
 
-def make_case(
+def make_case(  # noqa: PLR0913  # each a dimension of the grid
     tables=((10, 4), (7, 16)),
     features=((0, 0, Pooling.SUM), (1, 1, Pooling.SUM)),
     bags=3,

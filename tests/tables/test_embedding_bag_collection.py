@@ -110,7 +110,7 @@ def test_variable_batch_without_inverse_indices_is_an_error():
         lengths=torch.tensor([1, 1, 1]),
         stride_per_key_per_rank=[[2], [1]],
     )
-    with pytest.raises(ValueError, match="feature 'g' has 1 samples, others 2.*inverse_indices"):
+    with pytest.raises(ValueError, match=r"feature 'g' has 1 samples, others 2.*inverse_indices"):
         collection(features)
 
 
@@ -177,7 +177,7 @@ def test_bad_id_names_feature_sample_id_and_table_and_changes_nothing():
     features = KeyedJaggedTensor(
         ["f", "g"], torch.tensor([1, 2, 3, 99]), lengths=torch.tensor([1, 1, 1, 1])
     )
-    with pytest.raises(IndexError, match="feature 'g', sample 1: id 99 .* table 'b'.* 0 to 9"):
+    with pytest.raises(IndexError, match=r"feature 'g', sample 1: id 99 .* table 'b'.* 0 to 9"):
         collection(features).values().sum().backward()
     for name, value in collection.state_dict().items():
         assert torch.equal(value, before[name])

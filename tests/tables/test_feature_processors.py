@@ -59,7 +59,7 @@ def test_bag_longer_than_the_weights_is_named():
     module = FeatureProcessedEmbeddingBagCollection(
         weighted_collection(), PositionWeightedModuleCollection({"f": 1, "g": 2})
     )
-    with pytest.raises(IndexError, match="feature 'f': a bag has 2 ids.*1 positions"):
+    with pytest.raises(IndexError, match=r"feature 'f': a bag has 2 ids.*1 positions"):
         module(features())
 
 

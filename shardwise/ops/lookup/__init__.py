@@ -14,7 +14,7 @@ Two calls that read one table before one backward update it twice, one after the
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -252,8 +252,11 @@ def _sparse_grads(grad: Tensor, call: Ids, way: Way, tables: Sequence[Tensor]) -
 
 
 class _Lookup(torch.autograd.Function):
-    """Tables are inputs, so that the result requires grad, but attributes of `ctx`, not saved
-    tensors: they may change between forward and backward (another call may update them)."""
+    """The lookup, differentiable.
+
+    Tables are inputs, so that the result requires grad, but attributes of `ctx`, not saved
+    tensors: they may change between forward and backward (another call may update them).
+    """
 
     @staticmethod
     def forward(
@@ -314,10 +317,11 @@ def lookup(
     needs_grad = torch.is_grad_enabled() and (
         call.weights.requires_grad or any(table.requires_grad for table in tables)
     )
-    if not needs_grad:
-        result: Tensor = _lookup(*call, list(tables), *shape)
-        return result
-    result = _Lookup.apply(call, way, shape, call.weights, *tables)
+    result: Tensor
+    if needs_grad:
+        result = cast(Any, _Lookup).apply(call, way, shape, call.weights, *tables)
+    else:
+        result = _lookup(*call, list(tables), *shape)
     return result
 
 

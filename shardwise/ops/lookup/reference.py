@@ -73,7 +73,7 @@ def groups(call: Ids, out_width: int) -> Iterator[Group]:
         first = starts[-1]
         for feature, (key, table, pooling, width) in enumerate(call.features.tolist()):
             bag, last = starts[key], starts[key + 1]
-            start, stop = call.offsets[bag].item(), call.offsets[last].item()
+            start, stop = int(call.offsets[bag]), int(call.offsets[last])
             stride = out_width if call.columns else width
             group = Group(feature, table, pooling, width, bag, last - bag, start, stop, out, stride)
             yield group

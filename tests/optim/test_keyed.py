@@ -131,6 +131,21 @@ def test_load_replaces_numbers_and_not_those_of_the_given_state():
     assert optimizer.state[param] == {"count": 5, "seen": [1, 2]}
 
 
+def test_load_keeps_what_was_loaded_in_place():
+    param, held = nn.Parameter(torch.ones(2)), object()
+    optimizer = keyed({"a": param}, {param: {"rows": held}})
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[param]["rows"] is held
+
+
+def test_saved_options_are_copies():
+    optimizer = keyed({"a": nn.Parameter(torch.ones(2))}, milestones=[1])
+    optimizer.save_param_groups(True)
+    saved = optimizer.state_dict()
+    optimizer.param_groups[0]["milestones"].append(2)
+    assert saved["param_groups"] == [{"params": ["a"], "milestones": [1]}]
+
+
 def test_load_leaves_groups_alone_unless_asked():
     _, optimizer = trained()
     optimizer.save_param_groups(True)

@@ -197,6 +197,22 @@ def test_wrappers_nest():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (0.5 + 0.5 / 4))
 
 
+def test_schedulers_of_momentum_work_on_wrappers():
+    inner = KeyedOptimizerWrapper(
+        {"a": parameter(2)}, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    )
+    optimizer = OptimizerWrapper(inner)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=4, max_momentum=0.8)
+    assert inner.param_groups[0]["momentum"] == 0.8
+
+
+def test_load_is_told_through_all_wrappers():
+    fused = PushesRate(a=parameter(3))
+    optimizer = OptimizerWrapper(WarmupOptimizer(CombinedOptimizer([fused]), []))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert fused.num_loads == 1
+
+
 def test_step_hooks_run_once():
     optimizer = OptimizerWrapper(CombinedOptimizer([sgd(a=parameter(2))]))
     calls = []

@@ -73,6 +73,7 @@ class TableCollection(nn.Module):
         *,
         device: torch.device | str | None,
         bad_ids: BadIds,
+        sparse: bool,
         repeats_inputs: bool = False,
     ) -> None:
         """Make the tables and draw their start, seeded by PyTorch's default generator.
@@ -105,7 +106,8 @@ class TableCollection(nn.Module):
         self.register_buffer("_ignored", ignored, persistent=False)
         self._updates: list[Update] = []
         self._fused_optimizers: list[TableOptimizer] = []
-        self._way = plan_backward(self._features, len(stores))
+        self._is_sparse = sparse
+        self._way = plan_backward(self._features, len(stores), is_sparse=sparse)
         self._has_read_tags = False
         for store in stores:
             vars(store.weight)["is_table"] = True  # for `apply_optimizer_in_backward`
@@ -164,7 +166,9 @@ class TableCollection(nn.Module):
             in_backward=in_backward,
         )
         self._updates.append(update)
-        self._way = plan_backward(self._features, len(self._stores), self._updates)
+        self._way = plan_backward(
+            self._features, len(self._stores), self._updates, is_sparse=self._is_sparse
+        )
         self._has_read_tags = True
         return Binding(
             update=update,

@@ -23,6 +23,7 @@ class EmbeddingBagCollection(TableCollection):
             divides by the number of ids, not by the sum of weights.
         device: Where the tables lie; `meta` only describes them.
         bad_ids: What to do with an id outside its table.
+        sparse: Make the gradients of tables that have no update rule row-sparse.
 
     Raises:
         ValueError: Two tables have one name, or a table cannot be made.
@@ -37,6 +38,7 @@ class EmbeddingBagCollection(TableCollection):
         device: torch.device | str | None = None,
         *,
         bad_ids: BadIds = BadIds.RAISE,
+        sparse: bool = False,
     ) -> None:
         """Make the tables and draw their start."""
         for table in tables:
@@ -46,7 +48,7 @@ class EmbeddingBagCollection(TableCollection):
                     f"use an EmbeddingCollection for one vector per id"
                 )
         poolings = [Pooling[table.pooling.value] for table in tables]
-        super().__init__(tables, poolings, device=device, bad_ids=bad_ids)
+        super().__init__(tables, poolings, device=device, bad_ids=bad_ids, sparse=sparse)
         self._bag_configs = list(tables)
         self._is_weighted = is_weighted
         self._output_names = [output.name for output in self._outputs]

@@ -19,6 +19,7 @@ class EmbeddingCollection(TableCollection):
         device: Where the tables lie; `meta` only describes them.
         need_indices: Give the ids, too, in the place of the result's weights.
         bad_ids: What to do with an id outside its table.
+        sparse: Make the gradients of tables that have no update rule row-sparse.
 
     Raises:
         ValueError: Two tables have one name, their widths differ, or a table cannot be made.
@@ -33,6 +34,7 @@ class EmbeddingCollection(TableCollection):
         need_indices: bool = False,
         *,
         bad_ids: BadIds = BadIds.RAISE,
+        sparse: bool = False,
     ) -> None:
         """Make the tables and draw their start."""
         widths = {table.name: table.embedding_dim for table in tables}
@@ -43,6 +45,7 @@ class EmbeddingCollection(TableCollection):
             [Pooling.NONE] * len(tables),
             device=device,
             bad_ids=bad_ids,
+            sparse=sparse,
             repeats_inputs=True,
         )
         self._embedding_configs = list(tables)

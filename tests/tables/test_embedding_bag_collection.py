@@ -60,6 +60,17 @@ def test_values_and_gradients_equal_embedding_bag(pooling):
     torch.testing.assert_close(actual, expected)
 
 
+def test_gradients_are_row_sparse_when_asked_for():
+    torch.manual_seed(0)
+    dense = EmbeddingBagCollection([config("f")])
+    sparse = EmbeddingBagCollection([config("f")], sparse=True)
+    for collection in (dense, sparse):
+        collection(kjt({"f": [1, 2]})).values().sum().backward()
+    grad = sparse.embedding_bags["f"].weight.grad
+    assert grad.is_sparse
+    assert torch.equal(grad.to_dense(), dense.embedding_bags["f"].weight.grad)
+
+
 def test_parameters_are_named_by_table():
     collection = EmbeddingBagCollection([config("a"), config("b")])
     names = ["embedding_bags.a.weight", "embedding_bags.b.weight"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from shardwise.jagged import KeyedJaggedTensor
+from shardwise.optim import RowWiseAdagrad, in_backward
 from shardwise.tables import EmbeddingCollection, EmbeddingConfig
 
 IDS = torch.tensor([1, 2, 3, 4, 5, 6])
@@ -68,3 +69,24 @@ def test_batches_may_vary_between_keys():
     assert out["f"].lengths().tolist() == [2]
     assert out["g"].lengths().tolist() == [1, 3]
     assert torch.equal(out["g"].values(), collection.embeddings["g"].weight[[3, 4, 5, 6]])
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_training_equals_eager():
+    tables = [EmbeddingConfig(10, 4, "a", feature_names=["f", "g"]), EmbeddingConfig(10, 4, "f")]
+    trained = []
+    for wrap in (lambda module: module, compiled):
+        torch.manual_seed(0)
+        collection = EmbeddingCollection(tables)
+        in_backward(collection, RowWiseAdagrad, lr=0.1)
+        step = wrap(collection)
+        for keys in (["f", "g"], ["g", "f"]):
+            sum((out.values() ** 2).sum() for out in step(features(keys)).values()).backward()
+        trained.append(list(collection.parameters()))
+    torch.testing.assert_close(*trained)
+
+
+def compiled(module):
+    torch._dynamo.reset()
+    return torch.compile(module, fullgraph=True, backend="aot_eager")

@@ -67,9 +67,9 @@ def test_imports_go_down():
     assert not upward
 
 
-def test_public_names_are_sorted_and_documented():
+def test_public_names_are_documented():
     documented = re.findall(r"^- `(\w+)", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
-    assert list(shardwise.__all__) == sorted(documented)
+    assert sorted(shardwise.__all__) == sorted(documented)
     assert all(hasattr(shardwise, name) for name in documented)
 
 

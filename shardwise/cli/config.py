@@ -47,7 +47,7 @@ class ModelConfig:
     Attributes:
         embedding_dim: Columns of every embedding table.
         dense_layers: Widths of the layers over the dense features; the last is embedding_dim.
-        over_layers: Widths of the layers over the interactions; the last is 1.
+        over_layers: Widths of the layers over the interactions, two or more; the last is 1.
         pooling: How the rows of a bag become one vector.
     """
 
@@ -59,12 +59,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Check each field, and that the layers fit together."""
         _require_least("model.embedding_dim", self.embedding_dim, 1)
-        dim, ends = self.embedding_dim, {"dense_layers": self.embedding_dim, "over_layers": 1}
-        for name, end in ends.items():
-            layers = getattr(self, name)
-            is_right = bool(layers) and min(layers) >= 1 and layers[-1] == end
-            what = f"embedding_dim, {dim}" if name == "dense_layers" else "1"
-            _require(f"model.{name}", list(layers), is_right, f"widths of which the last is {what}")
+        dim, dense, over = self.embedding_dim, self.dense_layers, self.over_layers
+        is_right = bool(dense) and min(dense) >= 1 and dense[-1] == dim
+        wanted = f"widths of which the last is embedding_dim, {dim}"
+        _require("model.dense_layers", list(dense), is_right, wanted)
+        is_right = len(over) >= 2 and min(over) >= 1 and over[-1] == 1
+        _require("model.over_layers", list(over), is_right, "two widths or more, the last 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,14 +170,15 @@ class EvaluateConfig:
     """What `shardwise evaluate` can be told: `Config`, as far as it matters there.
 
     Attributes:
-        checkpoint: Folder of a checkpoint, or of a run's checkpoints, to take the latest.
+        checkpoint: Folder of a checkpoint, or of a run's checkpoints, to take the latest. It must
+            be given.
         data: Which ratings to learn from, and what to make of them.
         model: The DLRM.
     """
 
-    checkpoint: str
-    data: DataConfig
-    model: ModelConfig
+    checkpoint: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
 
 
 def _require(name: str, value: object, is_right: bool, wanted: str) -> None:

@@ -1,0 +1,69 @@
+"""The `shardwise` command: `train` and `evaluate`, told what to do by a TOML file and options.
+
+Only what a subcommand needs is imported, once it is asked for: the packages of the `train` extra
+are not there in every installation, and torch takes a second.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from shardwise.cli.config import ConfigError
+
+_EXTRA = ("cattrs", "polars", "tensorboard", "tqdm", "tyro")
+
+_ABOUT = "Train and evaluate recommender models."
+_COMMANDS = """commands:
+  train CONFIG.toml [options]                    train a DLRM; show what it gains on held-out data
+  evaluate CONFIG.toml --checkpoint DIR          judge a saved model on the same held-out data
+
+`shardwise COMMAND --help` explains every field of CONFIG.toml and the option that overrides it.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: What follows the command's name; by default the process's own.
+
+    Returns:
+        The exit status: 0 if all went well, 2 for a wrong config, 1 for anything else. A wrong
+        option ends the process with 2, as does `--help` with 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="shardwise",
+        description=_ABOUT,
+        epilog=_COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"shardwise {version('shardwise')}")
+    parser.add_argument("command", choices=("train", "evaluate"), help="what to do; see below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="CONFIG.toml, then its overrides")
+    parsed = parser.parse_args(arguments)
+    try:
+        return _run(parsed.command, parsed.options)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        needs = f"needs {error.name}, which is not installed: pip install shardwise[train]"
+        return _fail(f"{parsed.command} {needs}")
+    except (OSError, ValueError) as error:
+        # What the user gave is wrong; anything else is a fault of ours and shows its traceback.
+        return _fail(str(error), 2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted")
+
+
+def _run(command: str, options: Sequence[str]) -> int:
+    if command == "train":
+        from shardwise.cli.train import main as run
+    else:
+        from shardwise.cli.evaluate import main as run
+    return run(options)
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"shardwise: error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,97 @@
+"""`shardwise train`: the loop around `Trainer`, and what it shows and keeps."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event
+
+from shardwise.cli.checkpoint import list_checkpoints
+from shardwise.cli.config import Config, ConfigError
+from shardwise.cli.held_out import Scores, compare, judge
+from shardwise.cli.interrupt import deferred_interrupt
+from shardwise.cli.progress import Progress
+from shardwise.cli.recipe import load_data
+from shardwise.cli.settings import read_options
+from shardwise.cli.trainer import Trainer
+from shardwise.data import Samples
+
+_ABOUT = (
+    "Train a DLRM on MovieLens and show what it gains over two simple predictions on the ratings "
+    "held out. What an option does not set is as CONFIG.toml says, or else the default shown."
+)
+
+
+def main(options: Sequence[str]) -> int:
+    """Run `shardwise train` with what follows it on the command line; give the exit status."""
+    config = read_options("train", options, _ABOUT, lambda config: config)
+    _check_folder(config)
+    data, samples = load_data(config.data)
+    trainer = Trainer(config, samples)
+    if config.train.resume:
+        print(f"going on from {trainer.resume()}")
+    with deferred_interrupt() as interrupted:
+        scores = train(trainer, samples.test, interrupted)
+    if scores is None:
+        hint = "go on with --train.resume" if config.checkpoint.folder else "nothing was saved"
+        print(f"shardwise: interrupted after step {trainer.num_steps}; {hint}", file=sys.stderr)
+        return 1
+    print(compare(scores, data, samples.test, config.data.train_fraction))
+    return 0
+
+
+def train(trainer: Trainer, test: Samples, interrupted: Event) -> Scores | None:
+    """Train for the epochs that are left, with a progress bar, events and checkpoints.
+
+    Args:
+        trainer: What to train; saved at the end of each epoch, and when interrupted.
+        test: What to judge by at the end of each epoch.
+        interrupted: When set, training ends after the step in work.
+
+    Returns:
+        The figures on the held-out samples, or None if interrupted before the end.
+    """
+    config, loader, scores = trainer.config, trainer.loader, None
+    num_epochs = config.train.epochs
+    with Progress(
+        total=num_epochs * len(loader.samples),
+        start=trainer.num_samples,
+        num_steps=trainer.num_steps,
+        tensorboard=config.log.tensorboard,
+    ) as progress:
+        while loader.epoch < num_epochs:
+            _train_epoch(trainer, progress, interrupted)
+            if config.checkpoint.folder:
+                progress.say(f"saved {trainer.save()}")
+            if interrupted.is_set():
+                return None
+            scores = judge(trainer.model, test)
+            progress.record("held_out", trainer.num_steps, scores.figures())
+            progress.say(f"epoch {loader.epoch} of {num_epochs}, held out: {scores}")
+    return scores or judge(trainer.model, test)
+
+
+def _train_epoch(trainer: Trainer, progress: Progress, interrupted: Event) -> None:
+    """Take the steps left in the epoch, or as many as it takes to be interrupted."""
+    config, steps_per_epoch = trainer.config, len(trainer.loader)
+    for batch in trainer.loader:
+        trainer.step(batch)
+        progress.advance(len(batch.labels))
+        is_last = trainer.num_steps % steps_per_epoch == 0
+        if is_last or trainer.num_steps % config.log.every_steps == 0:
+            progress.show(trainer.num_steps, trainer.figures())
+        if interrupted.is_set():
+            return
+        every_steps = config.checkpoint.every_steps
+        if every_steps and not is_last and trainer.num_steps % every_steps == 0:
+            progress.say(f"saved {trainer.save()}")
+
+
+def _check_folder(config: Config) -> None:
+    """Refuse to mix a new run's checkpoints with those of another."""
+    folder = config.checkpoint.folder
+    found = list_checkpoints(Path(folder)) if folder else []
+    if found and not config.train.resume:
+        raise ConfigError(
+            f"checkpoint.folder is {folder!r}, which holds {found[-1].name} of an earlier run; go "
+            "on from it with --train.resume, or name another folder"
+        )

@@ -1,0 +1,163 @@
+"""`Trainer`: all that changes while a run trains, and how it goes to a checkpoint and back."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.cli.checkpoint import (
+    copy_tensors,
+    find_checkpoint,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+)
+from shardwise.cli.config import Config
+from shardwise.cli.recipe import build_model, build_optimizer
+from shardwise.data import Batch, SampleLoader
+from shardwise.data.movielens_samples import MovieLensSamples
+from shardwise.metrics import AUCMetric, NEMetric, RecMetricModule
+from shardwise.models import DLRMTrain
+
+_MAY_DIFFER = {"data.root", "train.epochs", "train.resume"}
+
+
+class Trainer:
+    """A model in training: weights, optimizer, position in the data, training metrics, step.
+
+    Args:
+        config: What to train and how.
+        samples: What to train on.
+    """
+
+    def __init__(self, config: Config, samples: MovieLensSamples) -> None:
+        """Make the model and start at the first sample."""
+        torch.manual_seed(config.train.seed)
+        self.config = config
+        self.model = build_model(config.model, samples)
+        self.optimizer = build_optimizer(config.train, self.model)
+        self.loader = SampleLoader(samples.train, config.train.batch_size, seed=config.train.seed)
+        self.metrics = RecMetricModule([NEMetric, AUCMetric], window_size=config.log.window)
+        self.num_steps = 0
+        self.loss = math.nan
+        self._with_loss = DLRMTrain(self.model)
+        self._dense_names = samples.dense_names
+
+    def step(self, batch: Batch) -> None:
+        """Train on one batch.
+
+        Raises:
+            ValueError: The batch is damaged, or the loss is not finite; no weight has changed.
+        """
+        batch.validate(self._dense_names)
+        self.optimizer.zero_grad()
+        loss, (_, logits, labels) = self._with_loss(batch)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"step {self.num_steps + 1}: the loss is {loss.item()}; training has diverged, "
+                "lower train.table_lr or train.dense_lr"
+            )
+        loss.backward()
+        self.optimizer.step()
+        self.metrics.update({"prediction": logits.sigmoid(), "label": labels})
+        self.num_steps += 1
+        self.loss = loss.item()
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples were trained on so far."""
+        position, size = self.loader.state_dict(), len(self.loader.samples)
+        in_epoch = position["next_batch"] * self.loader.batch_size
+        return int(position["epoch"] * size + min(in_epoch, size))
+
+    def figures(self) -> dict[str, float]:
+        """Give the loss of the last step, and NE and AUC over the window, by their shown names."""
+        computed = self.metrics.local_compute()
+        ne, auc = (computed[f"{name}-DefaultTask|window_{name}"] for name in ("ne", "auc"))
+        return {"loss": self.loss, "NE": ne, "AUC": auc}
+
+    def save(self) -> Path:
+        """Write a checkpoint to the folder that the config names."""
+        state = {
+            "config": asdict(self.config),
+            "position": self.loader.state_dict(),
+            "num_steps": self.num_steps,
+        }
+        config = self.config.checkpoint
+        return save_checkpoint(
+            Path(config.folder), self.num_steps, self._tensors(), state, keep=config.keep
+        )
+
+    def resume(self) -> Path:
+        """Go on from the latest checkpoint in the folder that the config names.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is damaged, or of another model, other data or another way to train.
+        """
+        path = find_checkpoint(Path(self.config.checkpoint.folder))
+        state = read_state(path)
+        check_config(path, state, asdict(self.config), ("data", "model", "train"))
+        self.optimizer.init_state()
+        saved = read_tensors(path)
+        torch.set_rng_state(saved.pop("random"))
+        self.metrics.load_state_dict(_take_out("metrics.", saved))
+        copy_tensors(path, saved, self._weights_and_state())
+        self.optimizer.post_load_state_dict()
+        self.loader.load_state_dict(state["position"])
+        self.num_steps = state["num_steps"]
+        return path
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Name every tensor of the run."""
+        metrics = {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()}
+        return self._weights_and_state() | metrics | {"random": torch.get_rng_state()}
+
+    def _weights_and_state(self) -> dict[str, Tensor]:
+        """Name the tensors of the model and of the optimizer; they are their own, not copies."""
+        optimizer = {
+            f"optimizer.state.{parameter}.{name}": tensor
+            for parameter, state in self.optimizer.state_dict()["state"].items()
+            for name, tensor in state.items()
+        }
+        return model_tensors(self.model) | optimizer
+
+
+def _take_out(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take out the tensors whose names begin with a prefix, and leave it off."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors.pop(name) for name in names}
+
+
+def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Name a model's tensors as a checkpoint does."""
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def check_config(
+    path: Path, state: Mapping[str, Any], config: Mapping[str, Any], sections: Iterable[str]
+) -> None:
+    """Check that a checkpoint was saved by a run like this one.
+
+    Args:
+        path: The checkpoint, for the message.
+        state: What `read_state` gave.
+        config: The sections of this run's config.
+        sections: Those that must agree; where the data lies, and for how long to train, may differ.
+
+    Raises:
+        ValueError: A field differs.
+    """
+    for section in sections:
+        for name, here in config[section].items():
+            there = state["config"][section].get(name, here)
+            here = list(here) if isinstance(here, tuple) else here
+            if f"{section}.{name}" not in _MAY_DIFFER and there != here:
+                raise ValueError(
+                    f"checkpoint {path}: it was saved with {section}.{name} {there!r}, this run "
+                    f"has {here!r}; set it to {there!r}"
+                )

@@ -1,0 +1,17 @@
+import runpy
+from pathlib import Path
+
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_quickstart_lowers_its_own_loss():
+    names = runpy.run_path(str(EXAMPLES / "quickstart.py"))
+    batch = (torch.rand(2, 2), names["sparse"], torch.tensor([1.0, 0.0]))
+    before = names["loss"].item()
+    for _ in range(20):
+        loss, _ = names["model"](names["sw"].Batch(*batch))
+        loss.backward()
+        names["optimizer"].step()
+    assert loss.item() < before

@@ -1,0 +1,39 @@
+import subprocess
+import sys
+
+import pytest
+
+from shardwise.cli import main
+
+
+@pytest.mark.parametrize("package", ["cattrs", "tqdm", "tyro"])
+def test_missing_extra_is_named(monkeypatch, capsys, package):
+    for name in [name for name in sys.modules if name.startswith("shardwise.cli.")]:
+        if name != "shardwise.cli.config":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["train", "run.toml"]) == 1
+    error = capsys.readouterr().err
+    assert f"train needs {package}, which is not installed: pip install shardwise[train]" in error
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "train CONFIG.toml" in shown
+    assert "evaluate CONFIG.toml --checkpoint DIR" in shown
+
+
+def test_unknown_command_is_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["trian"])
+    assert ended.value.code == 2
+    assert "invalid choice: 'trian'" in capsys.readouterr().err
+
+
+def test_module_is_the_command():
+    command = [sys.executable, "-m", "shardwise", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("shardwise 0.")

@@ -5,7 +5,7 @@ Naumov et al., "Deep Learning Recommendation Model for Personalization and Recom
 that its state dicts load.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Num
@@ -57,7 +57,7 @@ class SparseArch(nn.Module):
             IndexError: An id is outside its table.
         """
         pooled: Tensor = self.embedding_bag_collection(features).values()
-        return pooled.view(-1, len(self._sparse_feature_names), self.embedding_dim)
+        return pooled.reshape(-1, len(self._sparse_feature_names), self.embedding_dim)
 
 
 class DenseArch(nn.Module):
@@ -89,8 +89,8 @@ class DenseArch(nn.Module):
 class InteractionArch(nn.Module):
     """Dot products of all pairs among the dense vector and the sparse ones.
 
-    The vectors are numbered with the dense one first; pairs (i, j), i < j, come in the order (0, 1),
-    (0, 2), …, (1, 2), …, after the dense vector itself.
+    Vector 0 is the dense one. After the dense vector itself come the products of the pairs (0, 1),
+    (0, 2), …, (1, 2), …
 
     Args:
         num_sparse_features: F, the number of sparse vectors; with none, only the dense one is left.
@@ -114,8 +114,8 @@ class InteractionArch(nn.Module):
             return dense_features
         if sparse_features.shape[1:] != (num_sparse, width):
             raise ValueError(
-                f"InteractionArch: wants {num_sparse} sparse vectors of width {width}, as the dense "
-                f"one, got {sparse_features.shape[1]} of width {sparse_features.shape[2]}"
+                f"InteractionArch: got {sparse_features.shape[1]} sparse vectors of width "
+                f"{sparse_features.shape[2]}, wants {num_sparse} of the dense one's, {width}"
             )
         vectors = torch.cat([dense_features.unsqueeze(1), sparse_features], dim=1)  # (B, F+1, D)
         dots = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)  # (B, (F+1)²)
@@ -223,6 +223,7 @@ class DLRM(nn.Module):
         return logits
 
 
+@runtime_checkable
 class LabeledBatch(Protocol):
     """What a training step takes in: a `shardwise.data.Batch`, or anything like it."""
 

@@ -239,9 +239,9 @@ class TableCollection(nn.Module):
         if not self._has_read_tags:
             self.bind_tagged()
         call = Ids(
-            features.values(),
+            features.values().contiguous(),
             features.offsets(),
-            _NO_TENSOR if weights is None else weights.float(),
+            _NO_TENSOR if weights is None else weights.float().contiguous(),
             weights is not None,
             self._features,
             bags,

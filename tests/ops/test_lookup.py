@@ -229,6 +229,14 @@ def test_weight_gradient_equals_reference(pooling, dtype):
     close(grad, reference.weight_grads(case.grad, case.call, case.tables))
 
 
+def test_second_derivatives_are_refused_and_not_silently_zero():
+    case = make_case()
+    case.tables[0].requires_grad_()
+    (grad,) = torch.autograd.grad((run(case) ** 2).sum(), case.tables[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def make_update(case: Case, rule: Rule, seed=-1, in_backward=True, tables=None, **numbers):
     tables = tables or tuple(range(len(case.tables)))
     generator = torch.Generator().manual_seed(1)

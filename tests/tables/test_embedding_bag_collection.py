@@ -71,6 +71,14 @@ def test_gradients_are_row_sparse_when_asked_for():
     assert torch.equal(grad.to_dense(), dense.embedding_bags["f"].weight.grad)
 
 
+def test_values_need_not_be_contiguous():
+    collection = EmbeddingBagCollection([config("f")])
+    ids = torch.tensor([[1, 9], [2, 9], [3, 9]])[:, 0]
+    out = collection(KeyedJaggedTensor(["f"], ids, lengths=torch.tensor([1, 2])))
+    rows = collection.embedding_bags["f"].weight
+    torch.testing.assert_close(out["f"], torch.stack([rows[1], rows[2] + rows[3]]))
+
+
 def test_parameters_are_named_by_table():
     collection = EmbeddingBagCollection([config("a"), config("b")])
     names = ["embedding_bags.a.weight", "embedding_bags.b.weight"]

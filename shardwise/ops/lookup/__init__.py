@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from shardwise.ops.library import register
 from shardwise.ops.lookup import reference
@@ -273,6 +274,7 @@ class _Lookup(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, call, way, tables = grads[0].contiguous(), ctx.call, ctx.way, ctx.tables
         weight_grad = None

@@ -1,6 +1,7 @@
 """Metrics as plain functions of predictions, labels and weights, in float64.
 
-A label that is NaN is missing: its example counts nothing.
+A label that is NaN is missing. An example without label or weight counts nothing, whatever else it
+holds.
 """
 
 import torch
@@ -15,11 +16,20 @@ def prepare(
     labels: Shaped[Tensor, "*T B"],
     weights: Shaped[Tensor, "*T B"] | None = None,
 ) -> tuple[Float[Tensor, "*T B"], Float[Tensor, "*T B"], Float[Tensor, "*T B"]]:
-    """Give all three in float64; weights default to 1, and are 0 where a label is missing."""
+    """Give all three in float64, and 0 where the label is missing or the weight is 0.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    shapes = [list(t.shape) for t in (predictions, labels, weights) if t is not None]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"predictions, labels and weights must have one shape, got {shapes}")
     predictions, labels = predictions.double(), labels.double()
     weights = torch.ones_like(labels) if weights is None else weights.double()
-    is_missing = labels.isnan()
-    return predictions, labels.masked_fill(is_missing, 0.0), weights.masked_fill(is_missing, 0.0)
+    # Not by multiplying: a prediction of NaN would stay one.
+    is_absent = labels.isnan() | (weights == 0)
+    absent_as_zero = [t.masked_fill(is_absent, 0.0) for t in (predictions, labels, weights)]
+    return absent_as_zero[0], absent_as_zero[1], absent_as_zero[2]
 
 
 def cross_entropy_sum(

@@ -16,7 +16,10 @@ class RecMetricModule(nn.Module):
         metrics: Their classes.
         tasks: Which outputs of the model they read.
         window_size: Examples in the window, over all ranks.
-        group: Ranks to reduce over; None is this process alone.
+        process_group: Ranks to reduce over; None is this process alone.
+
+    Raises:
+        ValueError: There are no tasks, two have one name, or a metric comes twice.
     """
 
     def __init__(
@@ -25,14 +28,19 @@ class RecMetricModule(nn.Module):
         tasks: Sequence[RecTaskInfo] = (RecTaskInfo(),),
         *,
         window_size: int = 10_000_000,
-        group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Make the metrics."""
         super().__init__()
         self._tasks = list(tasks)
-        self.rec_metrics = nn.ModuleDict(
-            {cls.namespace: cls(tasks, window_size=window_size, group=group) for cls in metrics}
-        )
+        namespaces = [metric.namespace for metric in metrics]
+        if len(set(namespaces)) < len(namespaces):
+            raise ValueError(f"RecMetricModule: each metric may come once, got {namespaces}")
+        self._metrics = [
+            metric(tasks, window_size=window_size, process_group=process_group)
+            for metric in metrics
+        ]
+        self.rec_metrics = nn.ModuleDict({metric.namespace: metric for metric in self._metrics})
 
     def update(self, model_out: Mapping[str, Tensor]) -> None:
         """Add a batch: predictions, labels and, where there are any, weights by their names.
@@ -52,14 +60,13 @@ class RecMetricModule(nn.Module):
                 for task in self._tasks
             ]
         )
-        for metric in self.rec_metrics.values():
+        for metric in self._metrics:
             metric.update(predictions, labels, weights)
 
     def compute(self) -> dict[str, float]:
         """Give all numbers over all ranks of the group, by key; a collective call."""
-        return {k: v for metric in self.rec_metrics.values() for k, v in metric.compute().items()}
+        return {key: value for metric in self._metrics for key, value in metric.compute().items()}
 
     def local_compute(self) -> dict[str, float]:
         """Give all numbers of this rank's examples, by key."""
-        metrics = self.rec_metrics.values()
-        return {k: v for metric in metrics for k, v in metric.local_compute().items()}
+        return {k: v for metric in self._metrics for k, v in metric.local_compute().items()}

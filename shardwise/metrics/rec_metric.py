@@ -42,8 +42,13 @@ class RecMetric(nn.Module):
 
     Args:
         tasks: The tasks; rows of what `update` takes.
-        window_size: Examples in the window, over all ranks.
-        group: Ranks to reduce over; None is this process alone.
+        window_size: Examples in the window, over all ranks; each keeps its share, rounded up. Sums
+            leave it by whole batches, or by 1/1000 of it where batches are smaller; the latest
+            batch is always in it.
+        process_group: Ranks to reduce over; None is this process alone.
+
+    Raises:
+        ValueError: There are no tasks, or two have one name.
     """
 
     namespace: ClassVar[str]
@@ -58,14 +63,17 @@ class RecMetric(nn.Module):
         tasks: Sequence[RecTaskInfo] = (RecTaskInfo(),),
         *,
         window_size: int = 10_000_000,
-        group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Start with no examples."""
         super().__init__()
         self._tasks = list(tasks)
-        self._group = group
-        world = 1 if group is None else group.size()
-        self._local_window = math.ceil(window_size / world)
+        names = [task.name for task in tasks]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"{self.namespace}: tasks need names that differ, got {names}")
+        self._process_group = process_group
+        num_ranks = 1 if process_group is None else process_group.size()
+        self._local_window = math.ceil(window_size / num_ranks)
         shape = (self.num_statistics, len(self._tasks))
         self.register_buffer("lifetime", torch.zeros(shape, dtype=torch.float64))
         # Chunks of statistics, oldest first, and the examples in each. Raw: one chunk per example.
@@ -94,7 +102,7 @@ class RecMetric(nn.Module):
         Args:
             predictions: Probabilities [tasks, examples], or [examples] for one task.
             labels: In [0, 1], same shape; NaN where missing.
-            weights: At least 0, same shape.
+            weights: At least 0, same shape; 0 is as a missing label.
 
         Raises:
             ValueError: The shapes differ.
@@ -119,7 +127,7 @@ class RecMetric(nn.Module):
 
     def _push(self, statistics: Tensor, count: int) -> None:
         """Add a chunk, or add to the last one while it is short; drop what left the window."""
-        shortest = self._local_window // _MOST_CHUNKS
+        shortest = math.ceil(self._local_window / _MOST_CHUNKS)
         if self.window_counts.numel() and int(self.window_counts[-1]) < shortest:
             self.window[-1] += statistics
             self.window_counts[-1] += count
@@ -128,8 +136,7 @@ class RecMetric(nn.Module):
             counts = self.window_counts.new_tensor([count])
             self.window_counts = torch.cat([self.window_counts, counts])
         newest_first = self.window_counts.flip(0).cumsum(0)
-        kept = int((newest_first <= self._local_window).sum())
-        kept = max(kept, 1)
+        kept = max(int((newest_first <= self._local_window).sum()), 1)
         self.window, self.window_counts = self.window[-kept:], self.window_counts[-kept:]
 
     def _settle(self) -> None:
@@ -141,7 +148,7 @@ class RecMetric(nn.Module):
 
     def compute(self) -> dict[str, float]:
         """Give the numbers over all ranks of the group, by key; a collective call."""
-        return self._compute(self._group)
+        return self._compute(self._process_group)
 
     def local_compute(self) -> dict[str, float]:
         """Give the numbers of this rank's examples, by key."""
@@ -185,11 +192,12 @@ class RecMetric(nn.Module):
 
 def _gather(examples: Float[Tensor, "..."], group: dist.ProcessGroup) -> Float[Tensor, "..."]:
     """Join the examples of all ranks, which may have different numbers of them."""
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
-    dist.all_gather(counts, torch.tensor([examples.shape[0]]), group=group)
-    most = max(int(count) for count in counts)
-    padded = examples.new_zeros(most, *examples.shape[1:])
+    count = torch.tensor([examples.shape[0]], device=examples.device)
+    counts = [torch.empty_like(count) for _ in range(group.size())]
+    dist.all_gather(counts, count, group=group)
+    sizes = torch.cat(counts).tolist()
+    padded = examples.new_zeros(max(sizes), *examples.shape[1:])
     padded[: examples.shape[0]] = examples
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

@@ -1,6 +1,7 @@
 """Metrics equal scikit-learn or a few lines of NumPy; windows, tasks, ranks, checkpoints."""
 
 import math
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -109,6 +110,34 @@ def test_window_of_many_small_batches_keeps_few_chunks():
     assert ctr.compute()["ctr-DefaultTask|window_ctr"] == 1.0
 
 
+@pytest.mark.parametrize("window_size", [999, 1000, 1001, 1999, 2500])
+def test_window_has_at_most_1001_chunks(window_size):
+    ctr = CTRMetric(window_size=window_size)
+    for step in range(3000):
+        ctr.update(torch.zeros(1), torch.tensor([float(step >= 3000 - window_size)]))
+    assert ctr.window.shape[0] <= 1001
+    assert ctr.compute()["ctr-DefaultTask|window_ctr"] == 1.0
+
+
+def test_batch_beyond_the_window_is_kept_whole_by_sums():
+    ctr = CTRMetric(window_size=2)
+    ctr.update(torch.zeros(4), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    assert ctr.compute()["ctr-DefaultTask|window_ctr"] == 0.25
+
+
+@pytest.mark.parametrize("absence", ["no label", "no weight"])
+def test_absent_example_counts_nothing_whatever_it_holds(absence):
+    p, y, w = examples(30)
+    p_more, y_more, w_more = (torch.cat([t, t.new_ones(1)]) for t in (p, y, w))
+    p_more[-1] = math.nan
+    (y_more if absence == "no label" else w_more)[-1] = math.nan if absence == "no label" else 0.0
+    ours, wanted = RecMetricModule(METRICS), RecMetricModule(METRICS)
+    ours.update({"prediction": p_more, "label": y_more, "weight": w_more})
+    wanted.update({"prediction": p, "label": y, "weight": w})
+    assert ours.compute() == pytest.approx(wanted.compute())
+    assert not any(math.isnan(value) for value in ours.compute().values())
+
+
 def test_each_task_has_its_own_numbers():
     tasks = [RecTaskInfo("click", "l0", "p0", "w0"), RecTaskInfo("like", "l1", "p1", "w1")]
     module = RecMetricModule(METRICS, tasks)
@@ -131,6 +160,24 @@ def test_shapes_that_differ_are_named():
         NEMetric().update(torch.rand(3), torch.rand(4))
 
 
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("function", [normalized_entropy, log_loss, calibration, auc])
+def test_functions_do_not_broadcast(function):
+    with pytest.raises(ValueError, match=r"must have one shape, got \[\[3, 1\], \[3\]\]"):
+        function(torch.rand(3, 1), torch.ones(3))
+
+
+@pytest.mark.parametrize("names", [[], ["a", "b", "a"]])
+def test_tasks_need_names_that_differ(names):
+    with pytest.raises(ValueError, match="ne: tasks need names that differ, got"):
+        NEMetric([RecTaskInfo(name) for name in names])
+
+
+def test_metric_given_twice_is_refused():
+    with pytest.raises(ValueError, match=r"each metric may come once, got \['ne', 'ne'\]"):
+        RecMetricModule([NEMetric, NEMetric])
+
+
 def test_state_survives_a_checkpoint():
     module, other = RecMetricModule(METRICS), RecMetricModule(METRICS)
     for seed in range(3):
@@ -141,7 +188,7 @@ def test_state_survives_a_checkpoint():
 
 
 def reduced(rank: int, world_size: int) -> dict[str, float]:
-    module = RecMetricModule(METRICS, group=dist.group.WORLD)
+    module = RecMetricModule(METRICS, process_group=dist.group.WORLD)
     for seed in range(rank + 1):  # ranks have different numbers of examples
         p, y, w = examples(20 + rank, 10 * rank + seed)
         module.update({"prediction": p, "label": y, "weight": w})
@@ -157,3 +204,24 @@ def test_ranks_together_equal_one_process(ranks, world_size):
             module.update({"prediction": p, "label": y, "weight": w})
     for result in ranks(world_size, reduced):
         assert result == pytest.approx(module.compute())
+
+
+def windowed(rank: int, world_size: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Train on for longer than the window, which is 30 examples on each of 3 ranks."""
+    metrics = [CTRMetric, AUCMetric]
+    module = RecMetricModule(metrics, window_size=88, process_group=dist.group.WORLD)
+    for step in range(5):
+        p, y, w = examples(10, seed=10 * rank + step)
+        module.update({"prediction": p, "label": y, "weight": w})
+    return module.compute(), module.local_compute()
+
+
+def test_each_rank_keeps_its_share_of_the_window(ranks):
+    latest = [[examples(10, 10 * rank + step) for step in (2, 3, 4)] for rank in range(3)]
+    together = [torch.cat(parts) for parts in zip(*chain(*latest), strict=True)]
+    for rank, (everywhere, here) in enumerate(ranks(3, windowed)):
+        own = [torch.cat(parts) for parts in zip(*latest[rank], strict=True)]
+        for result, (p, y, w) in ((everywhere, together), (here, own)):
+            assert result["auc-DefaultTask|window_auc"] == pytest.approx(auc(p, y, w).item())
+            rate = np.average(y, weights=w)
+            assert result["ctr-DefaultTask|window_ctr"] == pytest.approx(rate)

@@ -78,6 +78,8 @@ class TrainConfig:
         table_lr: Learning rate of the tables: row-wise Adagrad, run inside backward.
         table_eps: Added to the root of the tables' mean squared gradients.
         dense_lr: Learning rate of everything else: Adam.
+        num_threads: Threads that share the work of one operator. Small steps lose time with more
+            than one, a lot if the machine is busy; 0: as many as PyTorch chooses.
         resume: Go on from the latest checkpoint in checkpoint.folder.
     """
 
@@ -87,13 +89,15 @@ class TrainConfig:
     table_lr: float = 0.001
     table_eps: float = 1e-10
     dense_lr: float = 0.002
+    num_threads: int = 1
     resume: bool = False
 
     def __post_init__(self) -> None:
         """Check each field."""
         for name in ("epochs", "batch_size"):
             _require_least(f"train.{name}", getattr(self, name), 1)
-        _require_least("train.seed", self.seed, 0)
+        for name in ("seed", "num_threads"):
+            _require_least(f"train.{name}", getattr(self, name), 0)
         for name in ("table_lr", "table_eps", "dense_lr"):
             number = getattr(self, name)
             _require(f"train.{name}", number, 0 < number < float("inf"), "over 0 and finite")

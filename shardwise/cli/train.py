@@ -1,9 +1,12 @@
 """`shardwise train`: the loop around `Trainer`, and what it shows and keeps."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
+
+import torch
 
 from shardwise.cli.checkpoint import list_checkpoints
 from shardwise.cli.config import Config, ConfigError
@@ -29,7 +32,7 @@ def main(options: Sequence[str]) -> int:
     trainer = Trainer(config, samples)
     if config.train.resume:
         print(f"going on from {trainer.resume()}")
-    with deferred_interrupt() as interrupted:
+    with _threads(config.train.num_threads), deferred_interrupt() as interrupted:
         scores = train(trainer, samples.test, interrupted)
     if scores is None:
         hint = "go on with --train.resume" if config.checkpoint.folder else "nothing was saved"
@@ -84,6 +87,17 @@ def _train_epoch(trainer: Trainer, progress: Progress, interrupted: Event) -> No
         every_steps = config.checkpoint.every_steps
         if every_steps and not is_last and trainer.num_steps % every_steps == 0:
             progress.say(f"saved {trainer.save()}")
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Let operators use this many threads meanwhile; 0 changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_folder(config: Config) -> None:

@@ -23,7 +23,7 @@ from shardwise.data.movielens_samples import MovieLensSamples
 from shardwise.metrics import AUCMetric, NEMetric, RecMetricModule
 from shardwise.models import DLRMTrain
 
-_MAY_DIFFER = {"data.root", "train.epochs", "train.resume"}
+_MAY_DIFFER = {"data.root", "train.epochs", "train.num_threads", "train.resume"}
 
 
 class Trainer:
@@ -147,7 +147,8 @@ def check_config(
         path: The checkpoint, for the message.
         state: What `read_state` gave.
         config: The sections of this run's config.
-        sections: Those that must agree; where the data lies, and for how long to train, may differ.
+        sections: Those that must agree; where the data lies, how long to train and on how many
+            threads may differ.
 
     Raises:
         ValueError: A field differs.

@@ -37,3 +37,12 @@ def test_module_is_the_command():
     command = [sys.executable, "-m", "shardwise", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("shardwise 0.")
+
+
+def test_ctrl_c_before_the_first_step_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupted(command, options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shardwise.cli._run", interrupted)
+    assert main(["train", "run.toml"]) == 1
+    assert capsys.readouterr().err == "shardwise: error: interrupted\n"

@@ -97,3 +97,9 @@ def test_resumed_run_equals_an_undisturbed_one(config, tmp_path, monkeypatch, ca
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert read_state(whole)["position"] == read_state(broken)["position"]
+
+
+def test_threads_are_given_back(config):
+    before = torch.get_num_threads()
+    assert main(["train", str(config), "--train.num-threads", str(before + 1)]) == 0
+    assert torch.get_num_threads() == before

@@ -268,7 +268,7 @@ def copy(case: Case, update: Update) -> tuple[Case, Update]:
     )
 
 
-def update_by_reference(case: Case, update: Update) -> None:
+def update_by_reference(case: Case, update: Update, sums=NO_WEIGHTS) -> None:
     call = case.call._replace(features=update.features)
     rules = reference.Rules(
         [case.tables[t] for t in update.tables],
@@ -278,7 +278,7 @@ def update_by_reference(case: Case, update: Update) -> None:
         update.rule.code,
         update.settings.as_floats(),
     )
-    reference.update_(case.grad, call, rules, update.seed, update.lr, torch.empty(0))
+    reference.update_(case.grad, call, rules, update.seed, update.lr, sums)
 
 
 def check_update(case: Case, update: Update) -> None:
@@ -382,8 +382,10 @@ def test_given_row_sums_replace_the_rules_own(rule):
     update = make_update(case, rule, eps=0.01)
     arguments = (update.states, update.steps, update.slots, rule.code, update.settings.as_floats())
     sums = torch.ops.shardwise.row_sums(case.grad, *case.call, case.tables, *arguments)
+    close(sums, reference.row_sums(case.grad, case.call, reference.Rules(case.tables, *arguments)))
+    sums *= torch.rand_like(sums) + 0.5  # as where other ranks have added theirs
     wanted_case, wanted = copy(case, update)
-    update_by_reference(wanted_case, wanted)
+    update_by_reference(wanted_case, wanted, sums)
     torch.ops.shardwise.update_(case.grad, *case.call, case.tables, *arguments, -1, update.lr, sums)
     for table, row in zip(case.tables, wanted_case.tables, strict=True):
         close(table, row)
@@ -498,6 +500,15 @@ def bad_case(policy: BadIds, ids=(0, 9, -1, 2, 12)) -> Case:
 def test_bad_id_names_feature_bag_and_id():
     with pytest.raises(RuntimeError, match=r"feature 0, bag 0: id 9 is outside table 0 of 9 rows"):
         run(bad_case(BadIds.RAISE))
+
+
+@pytest.mark.parametrize("bad", [-1, 9])
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_first_id_past_either_end_is_refused(bad, id_dtype):
+    case = bad_case(BadIds.RAISE, ids=(0, 8, 2, bad, 1))
+    call = case.call._replace(ids=case.call.ids.to(id_dtype))
+    with pytest.raises(RuntimeError, match=f"bag 1: id {bad} is outside table 0 of 9 rows"):
+        run(replace(case, call=call))
 
 
 def test_bad_id_in_backward_changes_no_row():

@@ -40,7 +40,6 @@ def main() -> None:
     results.add(
         {"what": "import after torch"}, {name: Times(times) for name, times in seconds.items()}
     )
-    results.write()
 
 
 if __name__ == "__main__":

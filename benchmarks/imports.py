@@ -58,7 +58,6 @@ def main() -> None:
             package, required = sizes()
             results.add_size({"what": "the package"}, name, package)
             results.add_size({"what": "what it requires beside torch"}, name, required)
-    results.write()
 
 
 def import_time(module: str) -> float | None:

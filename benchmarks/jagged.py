@@ -52,7 +52,6 @@ def main() -> None:
             if operation == "construct":
                 times = {name: Times([s / CALLS for s in t.seconds]) for name, t in times.items()}
             results.add({"operation": operation, **sizes, "threads": threads}, times)
-    results.write()
 
 
 def find_libraries() -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Workload:
     def draw(self, tables: Tables, seed: int) -> Tensor:
         """Draw ids [tables, batch, pooling]; with zipf, each table has hot rows of its own."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (tables.count, self.batch, self.pooling)
+        shape = (tables.num_tables, self.batch, self.pooling)
         if self.ids == "uniform":
             return torch.randint(0, tables.rows, shape, generator=generator)
         shares = torch.arange(1, tables.rows + 1, dtype=torch.float64) ** -ZIPF_EXPONENT
@@ -56,7 +56,7 @@ class Workload:
         draws = torch.rand(shape, dtype=torch.float64, generator=generator)
         ranks = torch.searchsorted(totals, draws).clamp_(max=tables.rows - 1)
         hot = torch.Generator().manual_seed(0)
-        orders = [torch.randperm(tables.rows, generator=hot) for _ in range(tables.count)]
+        orders = [torch.randperm(tables.rows, generator=hot) for _ in range(tables.num_tables)]
         return torch.stack([order[rank] for order, rank in zip(orders, ranks, strict=True)])
 
 
@@ -79,7 +79,6 @@ def main() -> None:
                     times = time_in_turn(runs, options.repeats)
                     what = {"pass": name, "threads": threads, "pages": pages}
                     results.add({**vars(tables), **vars(workload), **what}, times)
-    results.write()
 
 
 def read_options() -> argparse.Namespace:
@@ -133,7 +132,7 @@ def make_contenders(tables: Tables, peers: list[str]) -> dict[str, Contender]:
     for name in names:
         try:
             contender = MAKERS[name](tables)
-            forward(contender, torch.zeros(tables.count, 1, 1, dtype=torch.int64))
+            forward(contender, torch.zeros(tables.num_tables, 1, 1, dtype=torch.int64))
             contenders[name] = contender
         except (ImportError, AssertionError, NotImplementedError) as error:
             print(f"without {name}: {error}")
@@ -146,7 +145,7 @@ def check_alike(contenders: dict[str, Contender], ids: Tensor, tables: Tables) -
     16-bit rows are rounded at random by an update, so only their forward is compared.
     """
     ours = contenders[OURS]
-    grad = torch.randn(ids.shape[1], tables.count * tables.width)
+    grad = torch.randn(ids.shape[1], tables.num_tables * tables.width)
     for name, contender in contenders.items():
         for weight, source in zip(contender.weights, ours.weights, strict=True):
             weight.copy_(source)
@@ -190,7 +189,7 @@ def list_passes(
 ) -> dict[str, dict[str, Callable[[int], object]]]:
     """Give what is timed, by pass and contender; each takes the number of the round."""
     passes: dict[str, dict[str, Callable[[int], object]]] = {"forward": {}, "train": {}}
-    shape = (drawn[0].shape[1], tables.count * tables.width)
+    shape = (drawn[0].shape[1], tables.num_tables * tables.width)
     grad = torch.randn(shape)
     for name, contender in contenders.items():
         calls = [contender.prepare(ids) for ids in drawn]

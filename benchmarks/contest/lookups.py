@@ -37,7 +37,7 @@ RULES: dict[str, tuple[type, type, dict[str, Any], str]] = {
 class Tables:
     """Tables of one size, and the rule that trains them."""
 
-    count: int
+    num_tables: int
     rows: int
     width: int
     dtype: str
@@ -48,7 +48,7 @@ class Tables:
         """Bytes of all rows, and of the rule's state per element."""
         states = {"adagrad": 1, "adam": 2}.get(self.rule, 0)
         element = DTYPES[self.dtype].itemsize + 4 * states
-        return self.count * self.rows * self.width * element
+        return self.num_tables * self.rows * self.width * element
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Contender:
 
 def make_ours(tables: Tables) -> Contender:
     """`EmbeddingBagCollection`, the rule in backward."""
-    names = [f"t{i}" for i in range(tables.count)]
+    names = [f"t{i}" for i in range(tables.num_tables)]
     data_type = DataType[tables.dtype.upper()]
     configs = [EmbeddingBagConfig(tables.rows, tables.width, name, data_type) for name in names]
     collection = EmbeddingBagCollection(configs)
@@ -107,7 +107,7 @@ def make_embedding_bags(tables: Tables) -> Contender:
             include_last_offset=True,
             _weight=torch.zeros(shape, dtype=dtype),
         )
-        for _ in range(tables.count)
+        for _ in range(tables.num_tables)
     ]
     weights = [bag.weight for bag in bags]
     _, rule, settings, _ = RULES[tables.rule]
@@ -144,7 +144,7 @@ def make_fbgemm(tables: Tables) -> Contender:
 
         place = (batched.EmbeddingLocation.HOST, batched.ComputeDevice.CPU)
         module = batched.SplitTableBatchedEmbeddingBagsCodegen(
-            [(tables.rows, tables.width, *place)] * tables.count,
+            [(tables.rows, tables.width, *place)] * tables.num_tables,
             weights_precision=SparseType.from_dtype(DTYPES[tables.dtype]),
             optimizer=getattr(batched.OptimType, RULES[tables.rule][3]),
             learning_rate=LR,

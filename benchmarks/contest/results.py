@@ -15,22 +15,21 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "shardwise"
 
-_UNITS = {"ms": 1e3, "µs": 1e6}
+_UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6}
 
 
 class Results:
-    """Prints results as they come and appends them to a CSV file at the end.
+    """Prints results as they come and appends them to a CSV file.
 
     Args:
         path: The file; None writes none.
-        unit: Of all times: ms or µs.
+        unit: Of all times: s, ms or µs.
     """
 
     def __init__(self, path: Path | None, unit: str) -> None:
         """Describe the machine."""
         self._path = path
         self._unit = unit
-        self._rows: list[dict[str, object]] = []
         self._place = describe_machine()
         print(", ".join(f"{name} {value}" for name, value in self._place.items()))
 
@@ -69,26 +68,25 @@ class Results:
     ) -> None:
         row = {**what, "contender": contender, "value": f"{value:.4f}", "unit": unit}
         row |= dict.fromkeys(("quartile1", "quartile3", "repeats", "ratio_to_ours"), "")
-        self._rows.append({**row, **spread, **self._place})
+        if self._path is not None:
+            _append(self._path, {**row, **spread, **self._place})
 
-    def write(self) -> None:
-        """Append the rows to the file; a file of other columns is refused."""
-        if self._path is None or not self._rows:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        columns = list(self._rows[0])
-        is_new = not self._path.exists()
-        if not is_new:
-            with self._path.open(newline="") as file:
-                found = next(csv.reader(file))
-            if found != columns:
-                raise ValueError(f"{self._path} has columns {found}, not {columns}; move it away")
-        with self._path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerows(self._rows)
-        print(f"\n{len(self._rows)} rows added to {self._path}")
+
+def _append(path: Path, row: Mapping[str, object]) -> None:
+    """Add a row to a file; a file of other columns is refused."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(row)
+    is_new = not path.exists()
+    if not is_new:
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if found != columns:
+            raise ValueError(f"{path} has columns {found}, not {columns}; move it away")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def describe_machine() -> dict[str, object]:

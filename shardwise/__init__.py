@@ -6,8 +6,8 @@ Parts, lowest first: a part imports only parts above it in this list.
     jagged     JaggedTensor, KeyedJaggedTensor, KeyedTensor
     optim      update rules as data, optimizers in backward, keyed optimizers
     tables     table configs and embedding collections
-    nn         dense blocks
-    models     DLRM
+    nn         dense blocks, cross nets, factorization machine
+    models     DLRM and its variants, DeepFM
     metrics    normalized entropy, calibration, AUC; windowed and lifetime
     data       batches, data sets, preprocessing
     cli        the `shardwise` command
@@ -56,10 +56,16 @@ from shardwise.metrics import (
 )
 from shardwise.models import (
     DLRM,
+    DLRM_DCN,
     DenseArch,
+    DLRM_Projection,
     DLRMTrain,
+    FMInteractionArch,
     InteractionArch,
+    InteractionDCNArch,
+    InteractionProjectionArch,
     OverArch,
+    SimpleDeepFMNN,
     SparseArch,
 )
 from shardwise.nn import (
@@ -119,6 +125,7 @@ from shardwise.tables import (
 
 __all__ = [
     "DLRM",
+    "DLRM_DCN",
     "LAMB",
     "MLP",
     "SGD",
@@ -134,6 +141,7 @@ __all__ = [
     "ComputeKJTToJTDict",
     "CrossNet",
     "DLRMTrain",
+    "DLRM_Projection",
     "DataType",
     "DeepFM",
     "DenseArch",
@@ -141,6 +149,7 @@ __all__ = [
     "EmbeddingBagConfig",
     "EmbeddingCollection",
     "EmbeddingConfig",
+    "FMInteractionArch",
     "FactorizationMachine",
     "FeatureProcessedEmbeddingBagCollection",
     "FeatureProcessorsCollection",
@@ -151,6 +160,8 @@ __all__ = [
     "GradientClipping",
     "GradientClippingOptimizer",
     "InteractionArch",
+    "InteractionDCNArch",
+    "InteractionProjectionArch",
     "JaggedTensor",
     "KTRegroupAsDict",
     "KeyedJaggedTensor",
@@ -179,6 +190,7 @@ __all__ = [
     "RowWiseAdagrad",
     "SampleLoader",
     "Samples",
+    "SimpleDeepFMNN",
     "SparseArch",
     "SwishLayerNorm",
     "TableOptimizer",

@@ -1,5 +1,6 @@
 """Whole models."""
 
+from shardwise.models.deepfm import FMInteractionArch, SimpleDeepFMNN
 from shardwise.models.dlrm import (
     DLRM,
     DenseArch,
@@ -8,5 +9,24 @@ from shardwise.models.dlrm import (
     OverArch,
     SparseArch,
 )
+from shardwise.models.dlrm_variants import (
+    DLRM_DCN,
+    DLRM_Projection,
+    InteractionDCNArch,
+    InteractionProjectionArch,
+)
 
-__all__ = ["DLRM", "DLRMTrain", "DenseArch", "InteractionArch", "OverArch", "SparseArch"]
+__all__ = [
+    "DLRM",
+    "DLRM_DCN",
+    "DLRMTrain",
+    "DLRM_Projection",
+    "DenseArch",
+    "FMInteractionArch",
+    "InteractionArch",
+    "InteractionDCNArch",
+    "InteractionProjectionArch",
+    "OverArch",
+    "SimpleDeepFMNN",
+    "SparseArch",
+]

@@ -5,13 +5,14 @@ Naumov et al., "Deep Learning Recommendation Model for Personalization and Recom
 that its state dicts load.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from shardwise.jagged import KeyedJaggedTensor
+from shardwise.models.loss import LabeledBatch, LossAndScores, binary_loss
 from shardwise.nn import MLP
 from shardwise.ops.regroup import Block, regroup
 from shardwise.tables import EmbeddingBagCollection
@@ -112,14 +113,29 @@ class InteractionArch(nn.Module):
         num_sparse, width = self.num_sparse_features, dense_features.shape[1]
         if num_sparse <= 0:
             return dense_features
-        if sparse_features.shape[1:] != (num_sparse, width):
-            raise ValueError(
-                f"InteractionArch: got {sparse_features.shape[1]} sparse vectors of width "
-                f"{sparse_features.shape[2]}, wants {num_sparse} of the dense one's, {width}"
-            )
+        check_vectors(self, num_sparse, dense_features, sparse_features)
         vectors = torch.cat([dense_features.unsqueeze(1), sparse_features], dim=1)  # (B, F+1, D)
         dots = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)  # (B, (F+1)²)
         return regroup([dense_features, dots], [_above_diagonal(num_sparse, width)])[0]
+
+
+def check_vectors(
+    interaction: nn.Module,
+    num_sparse: int,
+    dense_features: Float[Tensor, "B D"],
+    sparse_features: Float[Tensor, "B F D_"],
+) -> None:
+    """Check that an interaction gets its number of sparse vectors, as wide as the dense one.
+
+    Raises:
+        ValueError: Their number or width is another.
+    """
+    width = dense_features.shape[1]
+    if sparse_features.shape[1:] != (num_sparse, width):
+        raise ValueError(
+            f"{type(interaction).__name__}: got {sparse_features.shape[1]} sparse vectors of width "
+            f"{sparse_features.shape[2]}, wants {num_sparse} of the dense one's, {width}"
+        )
 
 
 def _above_diagonal(num_sparse: int, width: int) -> list[Block]:
@@ -127,6 +143,10 @@ def _above_diagonal(num_sparse: int, width: int) -> list[Block]:
     num_vectors = num_sparse + 1
     rows = range(num_sparse)  # the last row has nothing there
     return [(0, 0, width), *((1, i * num_vectors + i + 1, num_sparse - i) for i in rows)]
+
+
+def _dot_products(num_sparse: int, width: int) -> tuple[nn.Module, int]:
+    return InteractionArch(num_sparse), width + num_sparse * (num_sparse + 1) // 2
 
 
 class OverArch(nn.Module):
@@ -169,6 +189,8 @@ class DLRM(nn.Module):
         over_arch_layer_sizes: Widths of the layers over the interactions, at least two; the last is
             the number of logits, usually 1.
         dense_device: Where the parameters lie, other than the tables'.
+        interaction: Makes the interaction of F sparse vectors of width D, from (F, D): a module of
+            dense [B, D] and sparse [B, F, D], and its number of columns; None is dot products.
 
     Raises:
         ValueError: The widths do not fit together.
@@ -181,6 +203,8 @@ class DLRM(nn.Module):
         dense_arch_layer_sizes: list[int],
         over_arch_layer_sizes: list[int],
         dense_device: torch.device | str | None = None,
+        *,
+        interaction: Callable[[int, int], tuple[nn.Module, int]] | None = None,
     ) -> None:
         """Make the dense parts."""
         super().__init__()
@@ -188,13 +212,12 @@ class DLRM(nn.Module):
         width = self.sparse_arch.embedding_dim
         if list(dense_arch_layer_sizes[-1:]) != [width]:
             raise ValueError(
-                f"DLRM: dense_arch_layer_sizes {dense_arch_layer_sizes} must end in the tables' "
-                f"embedding_dim, {width}"
+                f"{type(self).__name__}: dense_arch_layer_sizes {dense_arch_layer_sizes} must end "
+                f"in the tables' embedding_dim, {width}"
             )
         num_sparse = len(self.sparse_arch.sparse_feature_names)
-        num_columns = width + num_sparse * (num_sparse + 1) // 2
         self.dense_arch = DenseArch(dense_in_features, dense_arch_layer_sizes, dense_device)
-        self.inter_arch = InteractionArch(num_sparse)
+        self.inter_arch, num_columns = (interaction or _dot_products)(num_sparse, width)
         self.over_arch = OverArch(num_columns, over_arch_layer_sizes, dense_device)
 
     def forward(
@@ -216,28 +239,11 @@ class DLRM(nn.Module):
         sparse = self.sparse_arch(sparse_features)
         if dense.shape[0] != sparse.shape[0]:
             raise ValueError(
-                f"DLRM: dense_features have {dense.shape[0]} samples, sparse_features "
-                f"{sparse.shape[0]}"
+                f"{type(self).__name__}: dense_features have {dense.shape[0]} samples, "
+                f"sparse_features {sparse.shape[0]}"
             )
         logits: Tensor = self.over_arch(self.inter_arch(dense, sparse))
         return logits
-
-
-@runtime_checkable
-class LabeledBatch(Protocol):
-    """What a training step takes in: a `shardwise.data.Batch`, or anything like it."""
-
-    @property
-    def dense_features(self) -> Tensor:
-        """One row of numbers per sample."""
-
-    @property
-    def sparse_features(self) -> KeyedJaggedTensor:
-        """One bag per key and sample."""
-
-    @property
-    def labels(self) -> Tensor:
-        """One per sample, or one row of them."""
 
 
 class DLRMTrain(nn.Module):
@@ -252,11 +258,7 @@ class DLRMTrain(nn.Module):
         super().__init__()
         self.model = dlrm_module
 
-    def forward(
-        self, batch: LabeledBatch
-    ) -> tuple[
-        Float[Tensor, ""], tuple[Float[Tensor, ""], Float[Tensor, "..."], Num[Tensor, "..."]]
-    ]:
+    def forward(self, batch: LabeledBatch) -> LossAndScores:
         """Score a batch and compare with its labels.
 
         Args:
@@ -269,11 +271,4 @@ class DLRMTrain(nn.Module):
             ValueError: The labels have another shape than the logits.
         """
         logits = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
-        labels = batch.labels
-        if labels.shape != logits.shape:
-            raise ValueError(
-                f"DLRMTrain: labels have shape {list(labels.shape)}, logits {list(logits.shape)}; "
-                f"give one label per logit"
-            )
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return loss, (loss.detach(), logits.detach(), labels.detach())
+        return binary_loss("DLRMTrain", logits, batch.labels)

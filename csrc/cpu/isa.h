@@ -95,6 +95,7 @@ struct RuleNumbers {
   RuleCode code;
   float lr, eps, beta1, beta2, momentum, eta, weight_decay, max_gradient;
   bool is_decoupled;
+  float rest1, rest2;              // 1 - beta, from doubles: in floats 1 - 0.999 is off by 5e-5
   float correction1, correction2;  // 1 - beta^step
   float logical_width;             // columns of the whole row
   // Stochastic rounding; the key holds seed, step and table.

@@ -63,6 +63,8 @@ struct RuleArguments {
     k.weight_decay = static_cast<float>(settings[5]);
     k.is_decoupled = settings[6] != 0;
     k.max_gradient = static_cast<float>(settings[7]);
+    k.rest1 = static_cast<float>(1 - settings[1]);
+    k.rest2 = static_cast<float>(1 - settings[2]);
     k.correction1 = static_cast<float>(1 - std::pow(settings[1], step));
     k.correction2 = static_cast<float>(1 - std::pow(settings[2], step));
     k.rounds_stochastically = seed >= 0;

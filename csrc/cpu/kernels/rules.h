@@ -57,10 +57,10 @@ SHARDWISE_INLINE void write_row(const Row<T>& row, const RuleNumbers& k, Step st
 }
 
 SHARDWISE_INLINE Floats first_moment(const float* state, const Chunk& x, const RuleNumbers& k) {
-  return splat(k.beta1) * load(state + x.column, x.n) + splat(1.0f - k.beta1) * x.grad;
+  return splat(k.beta1) * load(state + x.column, x.n) + splat(k.rest1) * x.grad;
 }
 SHARDWISE_INLINE Floats second_moment(const float* state, const Chunk& x, const RuleNumbers& k) {
-  return splat(k.beta2) * load(state + x.column, x.n) + splat(1.0f - k.beta2) * (x.grad * x.grad);
+  return splat(k.beta2) * load(state + x.column, x.n) + splat(k.rest2) * (x.grad * x.grad);
 }
 SHARDWISE_INLINE Floats direction(const Floats& first, const Floats& second,
                                   const RuleNumbers& k) {
@@ -68,7 +68,7 @@ SHARDWISE_INLINE Floats direction(const Floats& first, const Floats& second,
   return first / splat(k.correction1) / root;
 }
 SHARDWISE_INLINE float next_row_moment(float* state, float squared_sum, const RuleNumbers& k) {
-  *state = k.beta2 * *state + (1.0f - k.beta2) * (squared_sum / k.logical_width);
+  *state = k.beta2 * *state + k.rest2 * (squared_sum / k.logical_width);
   return *state;
 }
 SHARDWISE_INLINE float decay_in_trust(const RuleNumbers& k) {

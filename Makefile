@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test slow check bench docs stats build
+.PHONY: demo test slow check bench break docs stats build
 .DELETE_ON_ERROR:
 
 demo: build
@@ -25,6 +25,10 @@ bench: build
 
 docs: .venv/installed
 	$(BIN)/python tools/list_api.py
+
+# Breaks lines one at a time in a copy, and wants a test to fail for each.
+break: build
+	$(BIN)/python tools/break_lines.py
 
 stats:
 	$(PYTHON) tools/codestats.py --check .

@@ -9,7 +9,6 @@ Source: F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and Con
 5(4), 2015. Needs polars (the `train` extra), imported at the first read.
 """
 
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from jaxtyping import Float64, Int64
 
 from shardwise.data.delimited import Column, Dialect, read_columns
 from shardwise.data.earlier import concatenated_ranges
+from shardwise.data.folders import data_folder, describe_data_folder
 
 SHIPPED = Path(__file__).parents[2] / "datasets"
 """Where a checkout of the project keeps the data sets that it may redistribute."""
@@ -142,11 +142,8 @@ def find_movielens(root: str | Path | None = None, edition: str = "ml-latest-sma
     Raises:
         FileNotFoundError: It is nowhere; the message says where it was looked for and what to do.
     """
-    if root is not None:
-        candidates = [Path(root)]
-    else:
-        data = Path(os.environ.get("SHARDWISE_DATA") or "~/.cache/shardwise").expanduser()
-        candidates = [data / edition, SHIPPED / edition]
+    places = [data_folder() / edition, SHIPPED / edition]
+    candidates = places if root is None else [Path(root)]
     for folder in candidates:
         if folder.is_dir():
             return folder
@@ -154,8 +151,7 @@ def find_movielens(root: str | Path | None = None, edition: str = "ml-latest-sma
     name = edition if root is None else Path(root).name
     raise FileNotFoundError(
         f"MovieLens '{name}': no such folder, looked for {looked}; download {edition}.zip from "
-        f"{_GROUPLENS} and unpack it into $SHARDWISE_DATA (now "
-        f"{os.environ.get('SHARDWISE_DATA') or 'unset, so ~/.cache/shardwise'}), or name its folder"
+        f"{_GROUPLENS} and unpack it into {describe_data_folder()}, or name its folder"
     )
 
 

@@ -7,7 +7,7 @@ Parts, lowest first: a part imports only parts above it in this list.
     optim      update rules as data, optimizers in backward, keyed optimizers
     tables     table configs and embedding collections
     nn         dense blocks, cross nets, factorization machine
-    models     DLRM and its variants, DeepFM
+    models     DLRM and its variants, DeepFM, two towers
     metrics    normalized entropy, calibration, AUC; windowed and lifetime
     data       batches, data sets, preprocessing
     cli        the `shardwise` command
@@ -60,6 +60,8 @@ from shardwise.models import (
     DenseArch,
     DLRM_Projection,
     DLRMTrain,
+    ExactIndex,
+    FaissIndex,
     FMInteractionArch,
     InteractionArch,
     InteractionDCNArch,
@@ -67,6 +69,9 @@ from shardwise.models import (
     OverArch,
     SimpleDeepFMNN,
     SparseArch,
+    TwoTower,
+    TwoTowerRetrieval,
+    TwoTowerTrainTask,
 )
 from shardwise.nn import (
     MLP,
@@ -149,8 +154,10 @@ __all__ = [
     "EmbeddingBagConfig",
     "EmbeddingCollection",
     "EmbeddingConfig",
+    "ExactIndex",
     "FMInteractionArch",
     "FactorizationMachine",
+    "FaissIndex",
     "FeatureProcessedEmbeddingBagCollection",
     "FeatureProcessorsCollection",
     "FusedEmbeddingBagCollection",
@@ -194,6 +201,9 @@ __all__ = [
     "SparseArch",
     "SwishLayerNorm",
     "TableOptimizer",
+    "TwoTower",
+    "TwoTowerRetrieval",
+    "TwoTowerTrainTask",
     "VectorCrossNet",
     "WarmupOptimizer",
     "WarmupPolicy",

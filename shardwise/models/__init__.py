@@ -15,6 +15,8 @@ from shardwise.models.dlrm_variants import (
     InteractionDCNArch,
     InteractionProjectionArch,
 )
+from shardwise.models.retrieval import ExactIndex, FaissIndex, TwoTowerRetrieval
+from shardwise.models.two_tower import TwoTower, TwoTowerTrainTask
 
 __all__ = [
     "DLRM",
@@ -22,11 +24,16 @@ __all__ = [
     "DLRMTrain",
     "DLRM_Projection",
     "DenseArch",
+    "ExactIndex",
     "FMInteractionArch",
+    "FaissIndex",
     "InteractionArch",
     "InteractionDCNArch",
     "InteractionProjectionArch",
     "OverArch",
     "SimpleDeepFMNN",
     "SparseArch",
+    "TwoTower",
+    "TwoTowerRetrieval",
+    "TwoTowerTrainTask",
 ]

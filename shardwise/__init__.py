@@ -67,6 +67,8 @@ from shardwise.models import (
     InteractionDCNArch,
     InteractionProjectionArch,
     OverArch,
+    SASRec,
+    SASRecTrain,
     SimpleDeepFMNN,
     SparseArch,
     TwoTower,
@@ -84,6 +86,7 @@ from shardwise.nn import (
     Perceptron,
     SwishLayerNorm,
     VectorCrossNet,
+    sampled_softmax_loss,
 )
 from shardwise.optim import (
     LAMB,
@@ -195,6 +198,8 @@ __all__ = [
     "RecTaskInfo",
     "RetrievalMetrics",
     "RowWiseAdagrad",
+    "SASRec",
+    "SASRecTrain",
     "SampleLoader",
     "Samples",
     "SimpleDeepFMNN",
@@ -227,6 +232,7 @@ __all__ = [
     "recall_at",
     "reciprocal_rank",
     "regroup_kts",
+    "sampled_softmax_loss",
     "unflatten_kjt_list",
     "validate_keyed_jagged_tensor",
 ]

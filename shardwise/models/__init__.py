@@ -16,6 +16,7 @@ from shardwise.models.dlrm_variants import (
     InteractionProjectionArch,
 )
 from shardwise.models.retrieval import ExactIndex, FaissIndex, TwoTowerRetrieval
+from shardwise.models.sasrec import SASRec, SASRecTrain
 from shardwise.models.two_tower import TwoTower, TwoTowerTrainTask
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "InteractionDCNArch",
     "InteractionProjectionArch",
     "OverArch",
+    "SASRec",
+    "SASRecTrain",
     "SimpleDeepFMNN",
     "SparseArch",
     "TwoTower",

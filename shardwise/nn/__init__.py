@@ -10,6 +10,7 @@ from shardwise.nn.crossnet import (
 from shardwise.nn.deepfm import DeepFM, FactorizationMachine
 from shardwise.nn.mlp import MLP, Perceptron
 from shardwise.nn.regroup import KTRegroupAsDict
+from shardwise.nn.sampled_softmax import sampled_softmax_loss
 
 __all__ = [
     "MLP",
@@ -22,4 +23,5 @@ __all__ = [
     "Perceptron",
     "SwishLayerNorm",
     "VectorCrossNet",
+    "sampled_softmax_loss",
 ]

@@ -1,4 +1,5 @@
 // Rows to vectors: sums of bags, single rows, and their products with gradients.
+#include <algorithm>
 #include <vector>
 
 #include "vector.h"
@@ -12,14 +13,6 @@ namespace {
 
 constexpr int64_t kAhead = 16;  // rows between a prefetch and its use
 
-// Row numbers of a pool's ids: the ids themselves where all are there, else resolved, -1 for none.
-struct RowIds {
-  const int32_t* ints = nullptr;
-  const int64_t* longs = nullptr;
-
-  SHARDWISE_INLINE int64_t operator[](int64_t i) const { return longs ? longs[i] : ints[i]; }
-};
-
 template <typename Id>
 bool all_good(const Id* ids, int64_t count, int64_t rows) {
   bool is_good = true;
@@ -29,61 +22,73 @@ bool all_good(const Id* ids, int64_t count, int64_t rows) {
   return is_good;
 }
 
-// Reads the ids [first_id, last_id) under the policy, and notes whether some read no row. Gives the
-// position of the first id that the policy refuses, or -1.
-int64_t read_rows(const Pool& p, RowIds* rows, bool* has_gaps, std::vector<int64_t>* resolved) {
-  const int64_t count = p.last_id - p.first_id;
-  if (p.ids.is_long) {
-    rows->longs = static_cast<const int64_t*>(p.ids.data) + p.first_id;
-    if (all_good(rows->longs, count, p.table.rows)) return -1;
-  } else {
-    rows->ints = static_cast<const int32_t*>(p.ids.data) + p.first_id;
-    if (all_good(rows->ints, count, p.table.rows)) return -1;
-  }
-  resolved->resize(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = resolve(p.ids[p.first_id + i], p.table.rows, p.ids.bad_ids);
-    (*resolved)[i] = row;
-    if (row < 0 && p.ids.bad_ids == BadIds::kRaise) return p.first_id + i;
-    *has_gaps |= row < 0;
-  }
-  rows->longs = resolved->data();
-  return -1;
-}
-
-template <typename T>
+// The rows that a pool's ids read. Plain ones are the ids themselves: all are there and none is
+// weighted. The others were resolved, -1 for none.
+template <typename T, typename Id, bool kIsPlain>
 struct Rows {
   const Pool& p;
-  RowIds ids;
-  bool has_gaps;
+  const Id* ids;
   int64_t count;
 
   SHARDWISE_INLINE const T* row(int64_t i) const {
-    return static_cast<const T*>(p.table.data) + ids[i] * p.table.width;
+    return static_cast<const T*>(p.table.data) + static_cast<int64_t>(ids[i]) * p.table.width;
   }
-  SHARDWISE_INLINE bool is_there(int64_t i) const { return !has_gaps || ids[i] >= 0; }
-  SHARDWISE_INLINE void prefetch(int64_t i) const {
-    if (i < count && is_there(i)) {
-      prefetch_row(row(i), p.table.width * static_cast<int64_t>(sizeof(T)));
+  SHARDWISE_INLINE bool is_there(int64_t i) const { return kIsPlain || ids[i] >= 0; }
+  SHARDWISE_INLINE float weight(int64_t i) const {
+    return kIsPlain || p.ids.weights == nullptr ? 1.0f : p.ids.weights[p.first_id + i];
+  }
+  SHARDWISE_INLINE void prefetch_first() const {
+    for (int64_t i = 0; i < std::min(kAhead, count); ++i) {
+      if (is_there(i)) prefetch_row(row(i), p.table.row_bytes());
     }
   }
 };
 
-// Sums N vectors of columns over the ids [begin, end), in registers.
-template <int N, bool kPrefetch, typename T>
-SHARDWISE_INLINE void sum_panel(const Rows<T>& rows, int64_t begin, int64_t end,
+// Runs body(rows) over the rows that a pool's ids read under the policy. Gives the position of the
+// first id that the policy refuses, or -1.
+template <typename T, typename Body>
+int64_t with_rows(const Pool& p, const Body& body) {
+  const int64_t count = p.last_id - p.first_id;
+  const auto* longs = static_cast<const int64_t*>(p.ids.data) + (p.ids.is_long ? p.first_id : 0);
+  const auto* ints = static_cast<const int32_t*>(p.ids.data) + (p.ids.is_long ? 0 : p.first_id);
+  const bool is_good = p.ids.is_long ? all_good(longs, count, p.table.rows)
+                                     : all_good(ints, count, p.table.rows);
+  if (is_good && p.ids.weights == nullptr) {
+    if (p.ids.is_long) {
+      body(Rows<T, int64_t, true>{p, longs, count});
+    } else {
+      body(Rows<T, int32_t, true>{p, ints, count});
+    }
+    return -1;
+  }
+  std::vector<int64_t> resolved(count);
+  for (int64_t i = 0; i < count; ++i) {
+    resolved[i] = resolve(p.ids[p.first_id + i], p.table.rows, p.ids.bad_ids);
+    if (resolved[i] < 0 && p.ids.bad_ids == BadIds::kRaise) return p.first_id + i;
+  }
+  body(Rows<T, int64_t, false>{p, resolved.data(), count});
+  return -1;
+}
+
+// Sums N vectors of columns over the ids [begin, end), in registers. Fetches the same columns of
+// the rows that come later.
+template <int N, typename T, typename Id, bool kIsPlain>
+SHARDWISE_INLINE void sum_panel(const Rows<T, Id, kIsPlain>& rows, int64_t begin, int64_t end,
                                 const int64_t* columns, float divisor, float* out) {
+  constexpr int kVectorsPerLine = sizeof(T) == 4 ? 1 : 2;
   Floats sums[N];
   for (int v = 0; v < N; ++v) sums[v] = splat(0.0f);
-  const float* weights = rows.p.ids.weights;
   for (int64_t i = begin; i < end; ++i) {
-    if (kPrefetch) rows.prefetch(i + kAhead);
+    if (i + kAhead < rows.count && rows.is_there(i + kAhead)) {
+      const T* ahead = rows.row(i + kAhead);
+      for (int v = 0; v < N; v += kVectorsPerLine) __builtin_prefetch(ahead + columns[v]);
+    }
     if (!rows.is_there(i)) continue;
     const T* row = rows.row(i);
-    if (weights == nullptr) {
+    if constexpr (kIsPlain) {
       for (int v = 0; v < N; ++v) sums[v] = sums[v] + load(row + columns[v]);
     } else {
-      const Floats weight = splat(weights[rows.p.first_id + i]);
+      const Floats weight = splat(rows.weight(i));
       for (int v = 0; v < N; ++v) sums[v] = sums[v] + weight * load(row + columns[v]);
     }
   }
@@ -102,67 +107,53 @@ struct Columns {
   std::vector<int64_t> starts;
 };
 
-template <typename T>
-SHARDWISE_INLINE void sum_narrow(const Rows<T>& rows, int64_t begin, int64_t end, float divisor,
-                                 float* out) {
+template <typename T, typename Id, bool kIsPlain>
+SHARDWISE_INLINE void sum_narrow(const Rows<T, Id, kIsPlain>& rows, int64_t begin, int64_t end,
+                                 float divisor, float* out) {
   const int64_t width = rows.p.table.width;
-  const float* weights = rows.p.ids.weights;
   Floats sums = splat(0.0f);
   for (int64_t i = begin; i < end; ++i) {
-    rows.prefetch(i + kAhead);
+    if (i + kAhead < rows.count && rows.is_there(i + kAhead)) {
+      __builtin_prefetch(rows.row(i + kAhead));
+    }
     if (!rows.is_there(i)) continue;
     const Floats row = load(rows.row(i), width);
-    sums = sums + (weights == nullptr ? row : splat(weights[rows.p.first_id + i]) * row);
+    sums = sums + (kIsPlain ? row : splat(rows.weight(i)) * row);
   }
   store(out, divisor == 1.0f ? sums : sums / splat(divisor), width);
 }
 
-template <typename T>
-SHARDWISE_INLINE void sum_bag(const Rows<T>& rows, int64_t begin, int64_t end,
-                              const Columns& columns, float divisor, float* out) {
+template <typename R>
+SHARDWISE_INLINE void sum_bag(const R& rows, int64_t begin, int64_t end, const Columns& columns,
+                              float divisor, float* out) {
   if (rows.p.table.width < kLanes) return sum_narrow(rows, begin, end, divisor, out);
   const int64_t* column = columns.starts.data();
   int64_t left = static_cast<int64_t>(columns.starts.size());
-  // The widest panel goes first and prefetches whole rows; the others find them in cache.
-  if (left >= 8) {
-    sum_panel<8, true>(rows, begin, end, column, divisor, out), column += 8, left -= 8;
-    for (; left >= 8; column += 8, left -= 8) {
-      sum_panel<8, false>(rows, begin, end, column, divisor, out);
-    }
-  } else if (left >= 4) {
-    sum_panel<4, true>(rows, begin, end, column, divisor, out), column += 4, left -= 4;
-  } else if (left >= 2) {
-    sum_panel<2, true>(rows, begin, end, column, divisor, out), column += 2, left -= 2;
-  } else {
-    sum_panel<1, true>(rows, begin, end, column, divisor, out), column += 1, left -= 1;
-  }
-  if (left >= 4) sum_panel<4, false>(rows, begin, end, column, divisor, out), column += 4, left -= 4;
-  if (left >= 2) sum_panel<2, false>(rows, begin, end, column, divisor, out), column += 2, left -= 2;
-  if (left >= 1) sum_panel<1, false>(rows, begin, end, column, divisor, out);
+  for (; left >= 8; column += 8, left -= 8) sum_panel<8>(rows, begin, end, column, divisor, out);
+  if (left >= 4) sum_panel<4>(rows, begin, end, column, divisor, out), column += 4, left -= 4;
+  if (left >= 2) sum_panel<2>(rows, begin, end, column, divisor, out), column += 2, left -= 2;
+  if (left >= 1) sum_panel<1>(rows, begin, end, column, divisor, out);
 }
 
 template <typename T>
 int64_t pool_rows(const Pool& p) {
-  std::vector<int64_t> resolved;
-  Rows<T> rows{p, {}, false, p.last_id - p.first_id};
-  const int64_t refused = read_rows(p, &rows.ids, &rows.has_gaps, &resolved);
-  if (refused >= 0) return refused;
   const Columns columns(p.table.width);
-  for (int64_t i = 0; i < kAhead; ++i) rows.prefetch(i);
-  float* out = p.out;
-  if (p.pooling == Pooling::kNone) {
-    for (int64_t i = 0; i < rows.count; ++i, out += p.stride) {
-      sum_bag(rows, i, i + 1, columns, 1.0f, out);
+  return with_rows<T>(p, [&](const auto& rows) {
+    rows.prefetch_first();
+    float* out = p.out;
+    if (p.pooling == Pooling::kNone) {
+      for (int64_t i = 0; i < rows.count; ++i, out += p.stride) {
+        sum_bag(rows, i, i + 1, columns, 1.0f, out);
+      }
+      return;
     }
-    return -1;
-  }
-  for (int64_t bag = p.first_bag; bag < p.last_bag; ++bag, out += p.stride) {
-    const int64_t begin = p.ids.offsets[bag], end = p.ids.offsets[bag + 1];
-    const bool divides = p.pooling == Pooling::kMean && end > begin;
-    sum_bag(rows, begin - p.first_id, end - p.first_id, columns,
-            divides ? static_cast<float>(end - begin) : 1.0f, out);
-  }
-  return -1;
+    for (int64_t bag = p.first_bag; bag < p.last_bag; ++bag, out += p.stride) {
+      const int64_t begin = p.ids.offsets[bag], end = p.ids.offsets[bag + 1];
+      const bool divides = p.pooling == Pooling::kMean && end > begin;
+      sum_bag(rows, begin - p.first_id, end - p.first_id, columns,
+              divides ? static_cast<float>(end - begin) : 1.0f, out);
+    }
+  });
 }
 
 template <typename T>
@@ -176,28 +167,28 @@ SHARDWISE_INLINE float dot(const T* row, const float* grad, int64_t width) {
 
 template <typename T>
 int64_t dot_rows(const Pool& p) {
-  std::vector<int64_t> resolved;
-  Rows<T> rows{p, {}, false, p.last_id - p.first_id};
-  const int64_t refused = read_rows(p, &rows.ids, &rows.has_gaps, &resolved);
-  if (refused >= 0) return refused;
-  const float* grad = p.out;
-  const auto run = [&](int64_t begin, int64_t end) {
-    const float divisor = p.pooling == Pooling::kMean ? static_cast<float>(end - begin) : 1.0f;
-    for (int64_t i = begin; i < end; ++i) {
-      rows.prefetch(i + kAhead);
-      if (!rows.is_there(i)) continue;
-      p.weight_grads[p.first_id + i] += dot(rows.row(i), grad, p.table.width) / divisor;
+  return with_rows<T>(p, [&](const auto& rows) {
+    rows.prefetch_first();
+    const float* grad = p.out;
+    const auto run = [&](int64_t begin, int64_t end) {
+      const float divisor = p.pooling == Pooling::kMean ? static_cast<float>(end - begin) : 1.0f;
+      for (int64_t i = begin; i < end; ++i) {
+        if (i + kAhead < rows.count && rows.is_there(i + kAhead)) {
+          prefetch_row(rows.row(i + kAhead), p.table.row_bytes());
+        }
+        if (!rows.is_there(i)) continue;
+        p.weight_grads[p.first_id + i] += dot(rows.row(i), grad, p.table.width) / divisor;
+      }
+      grad += p.stride;
+    };
+    if (p.pooling == Pooling::kNone) {
+      for (int64_t i = 0; i < rows.count; ++i) run(i, i + 1);
+      return;
     }
-    grad += p.stride;
-  };
-  if (p.pooling == Pooling::kNone) {
-    for (int64_t i = 0; i < rows.count; ++i) run(i, i + 1);
-    return -1;
-  }
-  for (int64_t bag = p.first_bag; bag < p.last_bag; ++bag) {
-    run(p.ids.offsets[bag] - p.first_id, p.ids.offsets[bag + 1] - p.first_id);
-  }
-  return -1;
+    for (int64_t bag = p.first_bag; bag < p.last_bag; ++bag) {
+      run(p.ids.offsets[bag] - p.first_id, p.ids.offsets[bag + 1] - p.first_id);
+    }
+  });
 }
 
 }  // namespace

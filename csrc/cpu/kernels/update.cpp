@@ -17,12 +17,19 @@ SHARDWISE_INLINE const float* grad_row(const RowRun& run, uint32_t item) {
   return run.grad + (run.where == nullptr ? item : run.where[item]);
 }
 
+// Sums N vectors of columns over the items [begin, end), in registers. Fetches the same columns of
+// the items that come later, also those of the rows after this one.
 template <int N>
 SHARDWISE_INLINE void sum_panel(const RowRun& run, int64_t begin, int64_t end, int64_t column,
                                 float* out) {
+  const int64_t last_item = run.starts[run.last];
   Floats sums[N];
   for (int v = 0; v < N; ++v) sums[v] = splat(0.0f);
   for (int64_t i = begin; i < end; ++i) {
+    if (i + kItemsAhead < last_item) {
+      const float* ahead = grad_row(run, run.items[i + kItemsAhead]) + column;
+      for (int v = 0; v < N; ++v) __builtin_prefetch(ahead + v * kLanes);
+    }
     const uint32_t item = run.items[i];
     const float* grad = grad_row(run, item) + column;
     if (run.scale == nullptr) {
@@ -59,18 +66,16 @@ SHARDWISE_INLINE void for_rows(const RowRun& run, bool fetches_rows, const Body&
   const int64_t width = run.table.width, row_bytes = run.table.row_bytes();
   const int64_t padded = (width + kLanes - 1) / kLanes * kLanes;
   const std::unique_ptr<float[]> grad(new float[padded]);
-  const int64_t last_item = run.starts[run.last];
-  int64_t fetched = run.starts[run.first];
+  const int64_t first_item = run.starts[run.first], last_item = run.starts[run.last];
+  for (int64_t i = first_item; i < std::min(first_item + kItemsAhead, last_item); ++i) {
+    prefetch_row(grad_row(run, run.items[i]), width * 4);
+  }
   for (int64_t r = run.first; r < run.last; ++r) {
-    const int64_t begin = run.starts[r], end = run.starts[r + 1];
-    for (; fetched < std::min(end + kItemsAhead, last_item); ++fetched) {
-      prefetch_row(grad_row(run, run.items[fetched]), width * 4);
-    }
     if (fetches_rows && r + kRowsAhead < run.last) {
       const int64_t ahead = run.rows[r + kRowsAhead];
       prefetch_row(static_cast<const char*>(run.table.data) + ahead * row_bytes, row_bytes);
     }
-    sum_gradient(run, begin, end, grad.get());
+    sum_gradient(run, run.starts[r], run.starts[r + 1], grad.get());
     body(r, grad.get());
   }
 }

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from shardwise.data.batch import Batch
 from shardwise.jagged import KeyedJaggedTensor
@@ -59,7 +60,25 @@ class Samples:
         return Batch(dense_features=self.dense, sparse_features=sparse, labels=self.labels)
 
 
-class SampleLoader:
+BatchT = TypeVar("BatchT", default=Batch)
+BatchT_co = TypeVar("BatchT_co", default=Batch, covariant=True)
+
+
+@runtime_checkable
+class Selectable(Protocol[BatchT_co]):
+    """What a loader can hand out: so many samples, of which some can be made a batch."""
+
+    def __len__(self) -> int:
+        """Give the number of samples."""
+
+    def select(self, rows: Int64[Tensor, " B"]) -> "Selectable[BatchT_co]":
+        """Copy some samples, in the order asked for."""
+
+    def batch(self) -> BatchT_co:
+        """Give all samples as one batch."""
+
+
+class SampleLoader(Generic[BatchT]):
     """Batches of samples, epoch after epoch; one iteration gives the rest of an epoch.
 
     The order of an epoch follows from (seed, epoch) alone. An iteration that is broken off goes on
@@ -67,14 +86,19 @@ class SampleLoader:
     counts batches handed out: whoever fetches ahead must save it as of the batch in work.
 
     Args:
-        samples: What to hand out.
+        samples: What to hand out; `Samples`, or anything else that can be selected from.
         batch_size: Samples per batch; the last batch of an epoch may be smaller.
         seed: Of the shuffling.
         is_shuffled: Whether epochs are shuffled; if not, batches follow the order of the samples.
     """
 
     def __init__(
-        self, samples: Samples, batch_size: int, *, seed: int = 0, is_shuffled: bool = True
+        self,
+        samples: Selectable[BatchT],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        is_shuffled: bool = True,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"SampleLoader: batch_size is {batch_size}; at least 1 is needed")
@@ -89,7 +113,7 @@ class SampleLoader:
         """Give the number of batches of a whole epoch."""
         return -(-len(self.samples) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[BatchT]:
         """Give the batches of this epoch that are left, then move on to the next epoch."""
         order = self._order()
         while self._next_batch < len(self):

@@ -1,9 +1,9 @@
 """Read MovieLens: who rated what, how and when, which tags were given, and what the movies are.
 
 Two layouts are read, told apart by the files that are there: comma-separated files with a header
-(`ratings.csv`, `movies.csv`, `tags.csv`; the latest-small edition; each may be gzipped) and files
-separated by `::` in Latin-1 (`ratings.dat`, `movies.dat`, no tags; the 1M edition). What a model
-may know of them, and when, is left to `movielens_samples`.
+(`ratings.csv`, `movies.csv`, `tags.csv`; the latest-small, 20M, 25M and 32M editions; each may be
+gzipped) and files separated by `::` in Latin-1 (`ratings.dat`, `movies.dat`, no tags; the 1M
+edition). What a model may know of them, and when, is left to `movielens_samples`.
 
 Source: F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and Context", ACM TiiS
 5(4), 2015. Needs polars (the `train` extra), imported at the first read.
@@ -168,11 +168,10 @@ def read_movielens(root: str | Path | None = None, edition: str = "ml-latest-sma
             and what is wanted.
     """
     folder = find_movielens(root, edition)
-    is_dat = (folder / "ratings.dat").is_file()
-    ratings = _read(folder, "ratings", is_dat)
-    movies = _read(folder, "movies", is_dat)
+    ratings, movies = read_table(folder, "ratings"), read_table(folder, "movies")
     # The 1M edition has no tags at all.
-    tags = _read(folder, "tags", is_dat) if not is_dat or (folder / "tags.dat").is_file() else None
+    has_tags = (folder / "tags.dat").is_file() or not (folder / "ratings.dat").is_file()
+    tags = read_table(folder, "tags") if has_tags else None
     catalog = np.unique(movies["movieId"])
     for name, table in {"ratings": ratings, "tags": tags}.items():
         strays = np.setdiff1d(table["movieId"], catalog) if table else catalog[:0]
@@ -184,8 +183,21 @@ def read_movielens(root: str | Path | None = None, edition: str = "ml-latest-sma
     return _assemble(ratings, movies, tags)
 
 
-def _read(folder: Path, name: str, is_dat: bool) -> dict[str, np.ndarray]:
-    """Read one file of an edition, gzipped or not."""
+def read_table(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """Read one file of an edition, in either layout, gzipped or not.
+
+    Args:
+        folder: Of the edition.
+        name: `ratings`, `movies` or `tags`.
+
+    Returns:
+        A column by name, in the order of the file.
+
+    Raises:
+        FileNotFoundError: The file is not there.
+        ValueError: It is empty or damaged.
+    """
+    is_dat = (folder / "ratings.dat").is_file()
     names = [f"{name}.dat"] if is_dat else [f"{name}.csv", f"{name}.csv.gz"]
     for path in (folder / file for file in names):
         if path.is_file():

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from shardwise.cli.config import ConfigError
+from shardwise.cli.checks import ConfigError
 
 _EXTRA = ("cattrs", "polars", "tensorboard", "tqdm", "tyro")
 
 _ABOUT = "Train and evaluate recommender models."
 _COMMANDS = """commands:
-  train CONFIG.toml [options]                    train a DLRM; show what it gains on held-out data
+  train CONFIG.toml [options]                    train a model; show what it gains on held-out data
   evaluate CONFIG.toml --checkpoint DIR          judge a saved model on the same held-out data
 
 `shardwise COMMAND --help` explains every field of CONFIG.toml and the option that overrides it.

@@ -5,14 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from shardwise.cli.checkpoint import copy_tensors, find_checkpoint, read_state, read_tensors
-from shardwise.cli.config import Config, ConfigError, EvaluateConfig
-from shardwise.cli.held_out import compare, judge
-from shardwise.cli.recipe import build_model, load_data
+from shardwise.cli.checks import ConfigError
+from shardwise.cli.config import Config, EvaluateConfig
+from shardwise.cli.problem import compare
+from shardwise.cli.recipe import build_model, load_problem
 from shardwise.cli.settings import read_options
 from shardwise.cli.trainer import check_config, model_tensors
 
 _ABOUT = (
-    "Judge the model of a checkpoint on the ratings held out, beside two simple predictions. The "
+    "Judge the model of a checkpoint on the samples held out, beside simple predictions. The "
     "fields of CONFIG.toml must be those it was trained with."
 )
 
@@ -23,12 +24,15 @@ def main(options: Sequence[str]) -> int:
     if not config.checkpoint:
         raise ConfigError("no checkpoint is named; add --checkpoint and the folder of one")
     path = find_checkpoint(Path(config.checkpoint))
-    check_config(path, read_state(path), asdict(config), ("data", "model"))
-    data, samples = load_data(config.data)
-    model = build_model(config.model, samples)
-    copy_tensors(path, read_tensors(path, "model."), model_tensors(model))
-    scores = judge(model, samples.test)
-    print(f"{path}, {compare(scores, data, samples.test, config.data.train_fraction)}")
+    state = read_state(path)
+    check_config(path, state, asdict(config), ("data", "model"))
+    problem = load_problem(config.data)
+    model = build_model(config.model, problem)
+    # Of a run with train.patience the best epoch's model counts, not the last one's.
+    prefix = "model." if state["best"] is None else "best."
+    saved = {n.removeprefix("best."): t for n, t in read_tensors(path, prefix).items()}
+    copy_tensors(path, saved, model_tensors(model))
+    print(f"{path}, {compare(problem.judge(model, problem.test), problem)}")
     return 0
 
 

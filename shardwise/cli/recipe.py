@@ -1,11 +1,24 @@
-"""From a config to what a run is made of: samples, model, optimizer."""
+"""From a config to what a run is made of: problem, model, loss, optimizer."""
+
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor, nn
 
-from shardwise.cli.config import DataConfig, ModelConfig, TrainConfig
-from shardwise.data.movielens import MovieLens, read_movielens
-from shardwise.data.movielens_samples import TABLES, MovieLensSamples, build_samples
-from shardwise.models import DLRM
+from shardwise.cli.config import TrainConfig
+from shardwise.cli.criteo import load_criteo
+from shardwise.cli.data_config import CriteoConfig, DataConfig
+from shardwise.cli.model_config import (
+    DCNConfig,
+    DeepFMConfig,
+    DLRMConfig,
+    ModelConfig,
+    ProjectionConfig,
+)
+from shardwise.cli.movielens import load_movielens
+from shardwise.cli.problem import Problem
+from shardwise.data import Batch
+from shardwise.models import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain, SimpleDeepFMNN
 from shardwise.optim import (
     CombinedOptimizer,
     KeyedOptimizerWrapper,
@@ -15,40 +28,53 @@ from shardwise.optim import (
 )
 from shardwise.tables import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
 
-
-def load_data(config: DataConfig) -> tuple[MovieLens, MovieLensSamples]:
-    """Read the edition and make samples of it."""
-    data = read_movielens(config.root or None, config.edition)
-    samples = build_samples(
-        data,
-        train_fraction=config.train_fraction,
-        history_length=config.history_length,
-        max_tags=config.max_tags,
-    )
-    return data, samples
+Loss = Callable[[Batch], tuple[Tensor, Mapping[str, Tensor]]]
+"""Gives the loss of a batch, and what metrics read."""
 
 
-def build_model(config: ModelConfig, samples: MovieLensSamples) -> DLRM:
-    """Make a DLRM with a table for each kind of id; its start is PyTorch's default generator's."""
-    tables = [
-        EmbeddingBagConfig(
-            name=table,
-            feature_names=list(features),
-            num_embeddings=samples.num_ids[features[0]],
-            embedding_dim=config.embedding_dim,
-            pooling=PoolingType[config.pooling.upper()],
+def load_problem(config: DataConfig) -> Problem:
+    """Read the data and make samples of it."""
+    if isinstance(config, CriteoConfig):
+        return load_criteo(config)
+    return load_movielens(config)
+
+
+def build_model(config: ModelConfig, problem: Problem) -> nn.Module:
+    """Make a model with the problem's tables; its start is PyTorch's default generator's."""
+    bags = _build_tables(config, problem)
+    num_dense = len(problem.dense_names)
+    if isinstance(config, DeepFMConfig):
+        return SimpleDeepFMNN(
+            num_dense,
+            bags,
+            config.hidden_dim,
+            config.deep_dim,
+            per_dimension=config.pairs == "vectors",
+            gives_logits=True,
         )
-        for table, features in TABLES.items()
-    ]
-    return DLRM(
-        embedding_bag_collection=EmbeddingBagCollection(tables),
-        dense_in_features=len(samples.dense_names),
-        dense_arch_layer_sizes=list(config.dense_layers),
-        over_arch_layer_sizes=list(config.over_layers),
-    )
+    widths = (bags, num_dense, list(config.dense_layers), list(config.over_layers))
+    match config:
+        case DLRMConfig():
+            return DLRM(*widths)
+        case DCNConfig():
+            return DLRM_DCN(*widths, config.cross_layers, config.cross_rank)
+        case ProjectionConfig():
+            branches = (list(config.branch1_layers), list(config.branch2_layers))
+            return DLRM_Projection(*widths, *branches)
 
 
-def build_optimizer(config: TrainConfig, model: DLRM) -> CombinedOptimizer:
+def build_loss(model: nn.Module) -> Loss:
+    """Give the mean cross-entropy of the model's chances with the labels."""
+    with_loss = DLRMTrain(model)
+
+    def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        mean, (_, logits, labels) = with_loss(batch)
+        return mean, {"prediction": logits.sigmoid(), "label": labels}
+
+    return loss
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> CombinedOptimizer:
     """Give the tables row-wise Adagrad inside backward and all else Adam, keyed by parameter."""
     tables = in_backward(model, RowWiseAdagrad, lr=config.table_lr, eps=config.table_eps)
     dense = KeyedOptimizerWrapper(
@@ -56,3 +82,18 @@ def build_optimizer(config: TrainConfig, model: DLRM) -> CombinedOptimizer:
         lambda parameters: torch.optim.Adam(parameters, lr=config.dense_lr),
     )
     return CombinedOptimizer([tables, dense])
+
+
+def _build_tables(config: ModelConfig, problem: Problem) -> EmbeddingBagCollection:
+    """Make a table for each kind of id."""
+    tables = [
+        EmbeddingBagConfig(
+            name=table,
+            feature_names=list(features),
+            num_embeddings=problem.num_ids[features[0]],
+            embedding_dim=config.embedding_dim,
+            pooling=PoolingType[config.pooling.upper()],
+        )
+        for table, features in problem.tables.items()
+    ]
+    return EmbeddingBagCollection(tables)

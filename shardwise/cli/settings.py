@@ -1,13 +1,15 @@
 """From a TOML file and command-line options to a checked `Config`: the file first, then options.
 
 Nothing is converted on the way: a number in quotes or a fraction for a count is an error, as is
-any field that is not known.
+any field that is not known. Which fields a section has depends on its tag, `data.source` or
+`model.kind`; so the tags are read before all else, and an option for one beats the file.
 """
 
+import argparse
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -16,13 +18,26 @@ import cattrs
 import tyro
 from cattrs.errors import ForbiddenExtraKeysError
 
-from shardwise.cli.config import Config, ConfigError
+from shardwise.cli.checks import ConfigError
+from shardwise.cli.config import Config
+from shardwise.cli.data_config import DataConfig
+from shardwise.cli.model_config import ModelConfig
 
 _T = TypeVar("_T")
 
+_UNIONS: dict[Any, tuple[str, str]] = {
+    DataConfig: ("data", "source"),
+    ModelConfig: ("model", "kind"),
+}
+"""The sections of several classes, and the field whose value tells the classes apart."""
 
-def read_config(path: Path) -> Config:
+
+def read_config(path: Path, tags: Mapping[tuple[str, str], str] | None = None) -> Config:
     """Read a TOML file; what it leaves out keeps its default.
+
+    Args:
+        path: The file.
+        tags: Values of `("data", "source")` and `("model", "kind")` that replace the file's.
 
     Raises:
         ConfigError: There is no such file, it is not TOML, or a field is unknown, of a wrong type
@@ -34,11 +49,19 @@ def read_config(path: Path) -> Config:
         raise ConfigError(f"{path}: cannot read the config file: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: this is not TOML: {error}") from error
+    return _structure(str(path), fields, tags or {})
+
+
+def _structure(name: str, fields: dict[str, Any], tags: Mapping[tuple[str, str], str]) -> Config:
+    """Check what a file says, its tags replaced; `name` is the file's."""
+    for (section, tag), value in tags.items():
+        if isinstance(inner := fields.setdefault(section, {}), dict):
+            inner[tag] = value
     try:
         return _converter().structure(fields, Config)
     except (cattrs.BaseValidationError, ConfigError) as error:
         faults = cattrs.transform_error(error, format_exception=_explain)
-        raise ConfigError(f"{path}: {'; '.join(map(_place_first, faults))}") from error
+        raise ConfigError(f"{name}: {'; '.join(map(_place_first, faults))}") from error
 
 
 def read_options(
@@ -61,9 +84,35 @@ def read_options(
     has_file = bool(options) and not options[0].startswith("-")
     if not has_file and not {"-h", "--help"} & set(options):
         raise ConfigError(f"the config file must come first: {prog} [options]")
-    default = start(read_config(Path(options[0])) if has_file else Config())
-    arguments = list(options[has_file:])
-    return tyro.cli(type(default), args=arguments, default=default, prog=prog, description=about)
+    tags, arguments = _take_tags(prog, options[has_file:])
+    name = options[0] if has_file else "the options"
+    config = read_config(Path(name), tags) if has_file else _structure(name, {}, tags)
+    default = start(config)
+    return tyro.cli(
+        type(default),
+        args=arguments,
+        default=default,
+        prog=prog,
+        description=about,
+        # The class of a section is settled by its tag; the options are those of its fields.
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _take_tags(prog: str, options: Sequence[str]) -> tuple[dict[tuple[str, str], str], list[str]]:
+    """Take the tags out of the options; give them, and the options that are left."""
+    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    for union, (section, tag) in _UNIONS.items():
+        parser.add_argument(f"--{section}.{tag}", choices=list(_choices(union, tag)))
+    taken, left = parser.parse_known_args(options)
+    given = vars(taken)
+    tags = {place: given[".".join(place)] for place in _UNIONS.values()}
+    return {place: value for place, value in tags.items() if value is not None}, left
+
+
+def _choices(union: Any, tag: str) -> dict[str, type]:
+    """Give the classes of a section by their tags."""
+    return {getattr(cls, tag): cls for cls in get_args(union)}
 
 
 def _converter() -> cattrs.Converter:
@@ -74,7 +123,19 @@ def _converter() -> cattrs.Converter:
     for origin, hook in hooks.items():
         converter.register_structure_hook_func(partial(_is_made_from, origin), hook)
     converter.register_structure_hook_factory(dataclasses.is_dataclass, _section_reader)
+    for union in _UNIONS:
+        converter.register_structure_hook(union, partial(_read_tagged, converter))
     return converter
+
+
+def _read_tagged(converter: cattrs.Converter, value: Any, union: Any) -> Any:
+    """Read a section as the class that its tag names, by default the first."""
+    section, tag = _UNIONS[union]
+    choices = _choices(union, tag)
+    given = value.get(tag, next(iter(choices))) if isinstance(value, dict) else next(iter(choices))
+    if given not in list(choices):
+        raise ConfigError(f"{section}.{tag} is {given!r}, wanted: one of {list(choices)}")
+    return converter.structure(value, choices[given])
 
 
 def _is_made_from(origin: Any, kind: Any) -> bool:
@@ -125,7 +186,9 @@ def _explain(error: BaseException, kind: Any) -> str:
     for name in sorted(error.extra_fields):
         close = difflib.get_close_matches(name, known, 1)
         texts.append(f"unknown field {name!r}" + (f" (is it {close[0]!r}?)" if close else ""))
-    return f"{', '.join(texts)}; known fields: {', '.join(known)}"
+    tag = next((tag for _, tag in _UNIONS.values() if tag in known), "")
+    of_tag = f" of {tag} {getattr(error.cl, tag)!r}" if tag else ""
+    return f"{', '.join(texts)}; known fields{of_tag}: {', '.join(known)}"
 
 
 def _place_first(fault: str) -> str:

@@ -9,18 +9,19 @@ from threading import Event
 import torch
 
 from shardwise.cli.checkpoint import list_checkpoints
-from shardwise.cli.config import Config, ConfigError
-from shardwise.cli.held_out import Scores, compare, judge
+from shardwise.cli.checks import ConfigError
+from shardwise.cli.config import Config
 from shardwise.cli.interrupt import deferred_interrupt
+from shardwise.cli.problem import Figures, compare, show
 from shardwise.cli.progress import Progress
-from shardwise.cli.recipe import load_data
+from shardwise.cli.recipe import load_problem
 from shardwise.cli.settings import read_options
 from shardwise.cli.trainer import Trainer
-from shardwise.data import Samples
 
 _ABOUT = (
-    "Train a DLRM on MovieLens and show what it gains over two simple predictions on the ratings "
-    "held out. What an option does not set is as CONFIG.toml says, or else the default shown."
+    "Train a model and show what it gains over simple predictions on the samples held out. What an "
+    "option does not set is as CONFIG.toml says, or else the default shown. The fields of data "
+    "depend on --data.source, those of model on --model.kind."
 )
 
 
@@ -28,49 +29,57 @@ def main(options: Sequence[str]) -> int:
     """Run `shardwise train` with what follows it on the command line; give the exit status."""
     config = read_options("train", options, _ABOUT, lambda config: config)
     _check_folder(config)
-    data, samples = load_data(config.data)
-    trainer = Trainer(config, samples)
+    trainer = Trainer(config, load_problem(config.data))
     if config.train.resume:
         print(f"going on from {trainer.resume()}")
     with _threads(config.train.num_threads), deferred_interrupt() as interrupted:
-        scores = train(trainer, samples.test, interrupted)
-    if scores is None:
+        figures = train(trainer, interrupted)
+    if figures is None:
         hint = "go on with --train.resume" if config.checkpoint.folder else "nothing was saved"
         print(f"shardwise: interrupted after step {trainer.num_steps}; {hint}", file=sys.stderr)
         return 1
-    print(compare(scores, data, samples.test, config.data.train_fraction))
+    print(compare(figures, trainer.problem))
     return 0
 
 
-def train(trainer: Trainer, test: Samples, interrupted: Event) -> Scores | None:
+def train(trainer: Trainer, interrupted: Event) -> Figures | None:
     """Train for the epochs that are left, with a progress bar, events and checkpoints.
+
+    After each epoch the model is judged on the validation part, or where there is none on the test
+    part; at the end the last one, or with `train.patience` the best one, on the test part.
 
     Args:
         trainer: What to train; saved at the end of each epoch, and when interrupted.
-        test: What to judge by at the end of each epoch.
         interrupted: When set, training ends after the step in work.
 
     Returns:
-        The figures on the held-out samples, or None if interrupted before the end.
+        The figures on the test part, or None if interrupted before the end.
     """
-    config, loader, scores = trainer.config, trainer.loader, None
-    num_epochs = config.train.epochs
+    config, loader, problem = trainer.config, trainer.loader, trainer.problem
+    num_epochs, figures = config.train.epochs, None
+    part = "held out" if problem.validation is None else "validation"
     with Progress(
         total=num_epochs * len(loader.samples),
         start=trainer.num_samples,
         num_steps=trainer.num_steps,
         tensorboard=config.log.tensorboard,
     ) as progress:
-        while loader.epoch < num_epochs:
+        while not trainer.is_finished:
+            epoch = loader.epoch
             _train_epoch(trainer, progress, interrupted)
+            if loader.epoch > epoch:
+                figures = problem.judge(trainer.model, problem.validation or problem.test)
+                trainer.note(figures)
+                progress.record(part.replace(" ", "_"), trainer.num_steps, figures)
+                progress.say(f"epoch {loader.epoch} of {num_epochs}, {part}: {show(figures)}")
             if config.checkpoint.folder:
                 progress.say(f"saved {trainer.save()}")
             if interrupted.is_set():
                 return None
-            scores = judge(trainer.model, test)
-            progress.record("held_out", trainer.num_steps, scores.figures())
-            progress.say(f"epoch {loader.epoch} of {num_epochs}, held out: {scores}")
-    return scores or judge(trainer.model, test)
+    if figures is not None and problem.validation is None:
+        return figures
+    trainer.take_best()
+    return problem.judge(trainer.model, problem.test)
 
 
 def _train_epoch(trainer: Trainer, progress: Progress, interrupted: Event) -> None:

@@ -17,11 +17,10 @@ from shardwise.cli.checkpoint import (
     save_checkpoint,
 )
 from shardwise.cli.config import Config
-from shardwise.cli.recipe import build_model, build_optimizer
+from shardwise.cli.problem import Figures, Problem
+from shardwise.cli.recipe import build_loss, build_model, build_optimizer
 from shardwise.data import Batch, SampleLoader
-from shardwise.data.movielens_samples import MovieLensSamples
-from shardwise.metrics import AUCMetric, NEMetric, RecMetricModule
-from shardwise.models import DLRMTrain
+from shardwise.metrics import RecMetricModule
 
 _MAY_DIFFER = {"data.root", "train.epochs", "train.num_threads", "train.resume"}
 
@@ -29,23 +28,29 @@ _MAY_DIFFER = {"data.root", "train.epochs", "train.num_threads", "train.resume"}
 class Trainer:
     """A model in training: weights, optimizer, position in the data, training metrics, step.
 
+    With `train.patience` the weights of the best epoch so far are kept, too.
+
     Args:
         config: What to train and how.
-        samples: What to train on.
+        problem: What to train on.
     """
 
-    def __init__(self, config: Config, samples: MovieLensSamples) -> None:
+    def __init__(self, config: Config, problem: Problem) -> None:
         """Make the model and start at the first sample."""
         torch.manual_seed(config.train.seed)
         self.config = config
-        self.model = build_model(config.model, samples)
+        self.problem = problem
+        self.model = build_model(config.model, problem)
         self.optimizer = build_optimizer(config.train, self.model)
-        self.loader = SampleLoader(samples.train, config.train.batch_size, seed=config.train.seed)
-        self.metrics = RecMetricModule([NEMetric, AUCMetric], window_size=config.log.window)
+        self.loader = SampleLoader(problem.train, config.train.batch_size, seed=config.train.seed)
+        metrics = list(problem.metrics.values())
+        self.metrics = RecMetricModule(metrics, window_size=config.log.window)
         self.num_steps = 0
         self.loss = math.nan
-        self._with_loss = DLRMTrain(self.model)
-        self._dense_names = samples.dense_names
+        self.best: Figures | None = None
+        self._best_weights: dict[str, Tensor] = {}
+        self._epochs_since_best = 0
+        self._loss_of = build_loss(self.model)
 
     def step(self, batch: Batch) -> None:
         """Train on one batch.
@@ -53,9 +58,9 @@ class Trainer:
         Raises:
             ValueError: The batch is damaged, or the loss is not finite; no weight has changed.
         """
-        batch.validate(self._dense_names)
+        batch.validate(self.problem.dense_names)
         self.optimizer.zero_grad()
-        loss, (_, logits, labels) = self._with_loss(batch)
+        loss, outputs = self._loss_of(batch)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"step {self.num_steps + 1}: the loss is {loss.item()}; training has diverged, "
@@ -63,7 +68,8 @@ class Trainer:
             )
         loss.backward()
         self.optimizer.step()
-        self.metrics.update({"prediction": logits.sigmoid(), "label": labels})
+        if self.problem.metrics:
+            self.metrics.update(outputs)
         self.num_steps += 1
         self.loss = loss.item()
 
@@ -74,11 +80,35 @@ class Trainer:
         in_epoch = position["next_batch"] * self.loader.batch_size
         return int(position["epoch"] * size + min(in_epoch, size))
 
-    def figures(self) -> dict[str, float]:
-        """Give the loss of the last step, and NE and AUC over the window, by their shown names."""
+    @property
+    def is_finished(self) -> bool:
+        """Whether all epochs are done, or as many as allowed without a better one."""
+        config = self.config.train
+        has_waited = config.patience > 0 and self._epochs_since_best >= config.patience
+        return has_waited or self.loader.epoch >= config.epochs
+
+    def figures(self) -> Figures:
+        """Give the loss of the last step, and the metrics over the window, by the shown names."""
         computed = self.metrics.local_compute()
-        ne, auc = (computed[f"{name}-DefaultTask|window_{name}"] for name in ("ne", "auc"))
-        return {"loss": self.loss, "NE": ne, "AUC": auc}
+        names = {shown: metric.namespace for shown, metric in self.problem.metrics.items()}
+        windows = {s: computed[f"{n}-DefaultTask|window_{n}"] for s, n in names.items()}
+        return {"loss": self.loss, **windows}
+
+    def note(self, figures: Figures) -> None:
+        """Take note of the figures after an epoch; keep the weights if they are the best so far."""
+        if not self.config.train.patience:
+            return
+        self._epochs_since_best += 1
+        if self.best is None or self.problem.is_better(figures, self.best):
+            self.best, self._epochs_since_best = figures, 0
+            self._best_weights = {n: t.clone() for n, t in model_tensors(self.model).items()}
+
+    def take_best(self) -> None:
+        """Go back to the weights of the best epoch, where they were kept."""
+        if self.best is not None:
+            with torch.no_grad():
+                for name, tensor in model_tensors(self.model).items():
+                    tensor.copy_(self._best_weights[name])
 
     def save(self) -> Path:
         """Write a checkpoint to the folder that the config names."""
@@ -86,6 +116,8 @@ class Trainer:
             "config": asdict(self.config),
             "position": self.loader.state_dict(),
             "num_steps": self.num_steps,
+            "best": self.best,
+            "epochs_since_best": self._epochs_since_best,
         }
         config = self.config.checkpoint
         return save_checkpoint(
@@ -106,16 +138,20 @@ class Trainer:
         saved = read_tensors(path)
         torch.set_rng_state(saved.pop("random"))
         self.metrics.load_state_dict(_take_out("metrics.", saved))
+        self._best_weights = _take_out("best.", saved)
         copy_tensors(path, saved, self._weights_and_state())
         self.optimizer.post_load_state_dict()
         self.loader.load_state_dict(state["position"])
         self.num_steps = state["num_steps"]
+        self.best, self._epochs_since_best = state["best"], state["epochs_since_best"]
         return path
 
     def _tensors(self) -> dict[str, Tensor]:
         """Name every tensor of the run."""
         metrics = {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()}
-        return self._weights_and_state() | metrics | {"random": torch.get_rng_state()}
+        best = {f"best.{name}": tensor for name, tensor in self._best_weights.items()}
+        random = {"random": torch.get_rng_state()}
+        return self._weights_and_state() | metrics | best | random
 
     def _weights_and_state(self) -> dict[str, Tensor]:
         """Name the tensors of the model and of the optimizer; they are their own, not copies."""

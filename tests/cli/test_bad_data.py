@@ -8,14 +8,14 @@ import torch
 pytest.importorskip("tyro")  # the extra is there as a whole or not
 
 from shardwise.cli import main
-from shardwise.cli.recipe import load_data
+from shardwise.cli.recipe import load_problem
 from shardwise.cli.settings import read_config
 from shardwise.cli.trainer import Trainer, model_tensors
 
 
 def trainer_of(config: Path) -> Trainer:
     settings = read_config(config)
-    return Trainer(settings, load_data(settings.data)[1])
+    return Trainer(settings, load_problem(settings.data))
 
 
 def test_missing_data_folder_is_named(config, tmp_path, capsys):
@@ -68,9 +68,9 @@ def test_loss_that_is_not_finite_changes_no_weight(config):
 
 def test_position_of_other_samples_is_named(config):
     settings = read_config(config)
-    samples = load_data(settings.data)[1]
-    trainer = Trainer(settings, samples)
+    problem = load_problem(settings.data)
+    trainer = Trainer(settings, problem)
     position = trainer.loader.state_dict()
-    fewer = replace(samples, train=samples.train.select(torch.arange(9)))
+    fewer = replace(problem, train=problem.train.select(torch.arange(9)))
     with pytest.raises(ValueError, match="saved with num_samples 320, this loader has 9"):
         Trainer(settings, fewer).loader.load_state_dict(position)

@@ -9,7 +9,7 @@ from shardwise.cli import main
 @pytest.mark.parametrize("package", ["cattrs", "tqdm", "tyro"])
 def test_missing_extra_is_named(monkeypatch, capsys, package):
     for name in [name for name in sys.modules if name.startswith("shardwise.cli.")]:
-        if name != "shardwise.cli.config":
+        if name != "shardwise.cli.checks":
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["train", "run.toml"]) == 1

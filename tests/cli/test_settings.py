@@ -7,7 +7,10 @@ import pytest
 pytest.importorskip("tyro")  # the extra is there as a whole or not
 
 from shardwise.cli import main
-from shardwise.cli.config import Config, ConfigError
+from shardwise.cli.checks import ConfigError
+from shardwise.cli.config import Config
+from shardwise.cli.data_config import CriteoConfig, MovieLensConfig
+from shardwise.cli.model_config import DCNConfig, DeepFMConfig, DLRMConfig, ProjectionConfig
 from shardwise.cli.settings import read_config, read_options
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "movielens.toml"
@@ -36,6 +39,11 @@ def test_example_sets_what_it_shows_and_leaves_the_rest():
     assert read_config(EXAMPLE) == Config()
 
 
+@pytest.mark.parametrize("name", ["criteo_kaggle", "criteo_deepfm"])
+def test_example_of_criteo_says_what_the_defaults_say_of_the_data(name):
+    assert read_config(EXAMPLE.with_name(f"{name}.toml")).data == CriteoConfig()
+
+
 def test_integer_is_read_as_a_float(tmp_path):
     config = read_config(write(tmp_path, "[train]\ntable_lr = 1"))
     assert config.train.table_lr == 1.0
@@ -62,6 +70,22 @@ def test_integer_is_read_as_a_float(tmp_path):
         ("[model]\nover_layers = [1]", r"over_layers is \[1\], wanted: two widths or more"),
         ("[model]\npooling = 'max'", r"model.pooling is 'max', wanted: one of \['mean', 'sum'\]"),
         ("[train]\ndense_lr = nan", "train.dense_lr is nan, wanted: over 0 and finite"),
+        ("[model]\nkind = 'dlmr'", r"model.kind is 'dlmr', wanted: one of \['dlrm', 'dcn', "),
+        ("[data]\nsource = 3", "data.source is 3, wanted: one of \\['movielens', 'criteo-kaggle'"),
+        (
+            "[model]\nkind = 'deepfm'\nover_layers = [8, 1]",
+            "model: unknown field 'over_layers'.*; known fields of kind 'deepfm': kind,",
+        ),
+        ("[model]\nkind = 'dcn'\ncross_rank = 0", "model.cross_rank is 0, wanted: at least 1"),
+        (
+            "[model]\nkind = 'projection'\nbranch2_layers = [9]",
+            r"model.branch2_layers is \[9\], wanted: widths .* a multiple of embedding_dim, 8",
+        ),
+        (
+            "[data]\nsource = 'criteo-kaggle'\nvalidation_rows = 8000",
+            "data.validation_rows is 8000, wanted: at least 0 and under train_rows, 8000",
+        ),
+        ("[train]\npatience = 1", "train.patience is 1, but data.source 'movielens' .* no valid"),
         ("[train]\nresume = true", "train.resume is set but checkpoint.folder is empty"),
         ("[train", "run.toml: this is not TOML"),
     ],
@@ -75,6 +99,24 @@ def test_every_wrong_field_is_named_at_once(tmp_path):
     path = write(tmp_path, "[train]\nepochs = '2'\n[log]\nwindow = 0")
     with pytest.raises(ConfigError, match=r"train.epochs is '2'.*; log.window is 0"):
         read_config(path)
+
+
+def test_option_for_a_tag_keeps_what_the_new_class_has_too():
+    model = overridden("--model.kind", "dcn", "--model.cross-rank=4").model
+    assert model == DCNConfig(cross_rank=4)
+
+
+def test_option_for_a_tag_drops_nothing_of_the_file(capsys):
+    assert main(["train", str(EXAMPLE), "--model.kind", "deepfm"]) == 2
+    error = capsys.readouterr().err
+    assert "model: unknown field 'dense_layers', unknown field 'over_layers'" in error
+
+
+def test_unknown_tag_in_an_option_is_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        overridden("--data.source", "criteo")
+    assert ended.value.code == 2
+    assert "invalid choice: 'criteo' (choose from" in capsys.readouterr().err
 
 
 def test_missing_config_file_is_named(tmp_path, capsys):
@@ -92,38 +134,73 @@ def test_option_overrides_the_file():
     assert changed.model.dense_layers == Config().model.dense_layers
 
 
-@pytest.mark.parametrize(("name", "value"), list(every_field(Config())))
-def test_every_field_has_an_option(name, value):
+SECTIONS = [
+    Config(data=CriteoConfig(), model=DCNConfig()),
+    Config(data=CriteoConfig(), model=DeepFMConfig()),
+    Config(data=MovieLensConfig(), model=DLRMConfig()),
+    Config(data=MovieLensConfig(), model=ProjectionConfig()),
+]
+"""Every class of a section, at least once."""
+
+TAGS = ("data.source", "model.kind")
+
+
+def tags_of(config: Config) -> list[str]:
+    return ["--data.source", config.data.source, "--model.kind", config.model.kind]
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        (config, name, value)
+        for config in SECTIONS
+        for name, value in every_field(config)
+        if name not in TAGS and (config is SECTIONS[0] or name.startswith(("data", "model")))
+    ],
+)
+def test_every_field_has_an_option(tmp_path, config, name, value):
     option, new = "--" + name.replace("_", "-"), another(value)
     texts = [] if new is True else [str(item) for item in new] if isinstance(new, tuple) else [new]
-    changed = overridden(option, *map(str, texts), *GO_TOGETHER.get(name, ()))
+    options = [option, *map(str, texts), *go_together(config).get(name, ())]
+    options = [str(write(tmp_path, "")), *tags_of(config), *options]
+    changed = read_options("train", options, "", lambda config: config)
     assert dict(every_field(changed))[name] == new
 
 
-GO_TOGETHER = {
-    "train.resume": ("--checkpoint.folder", "run"),
-    "model.embedding_dim": ("--model.dense-layers", "9"),
-}
+def go_together(config: Config) -> dict[str, tuple[str, ...]]:
+    """What must be set with some of the fields."""
+    has_layers = hasattr(config.model, "dense_layers")
+    return {
+        "model.embedding_dim": ("--model.dense-layers", "16") if has_layers else (),
+        "train.patience": ("--data.validation-rows", "1"),
+        "train.resume": ("--checkpoint.folder", "run"),
+    }
 
 
 def another(value: object) -> object:
     """A value that the field may have as well."""
     if isinstance(value, tuple):
         return (3, *value)
-    kinds = {bool: lambda: True, int: lambda: value + 1, float: lambda: value / 2}
-    return kinds.get(type(value), lambda: "sum" if value == "mean" else "other")()
+    kinds = {bool: lambda: True, int: lambda: value * 2 or 1, float: lambda: value / 2}
+    return kinds.get(type(value), lambda: OTHER.get(value, "other"))()
 
 
+OTHER = {"mean": "sum", "vectors": "scalars"}
+
+
+@pytest.mark.parametrize("config", SECTIONS)
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_help_lists_and_explains_every_field(command, capsys):
+def test_help_lists_and_explains_every_field(command, config, capsys):
     with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
+        main([command, "--help", *tags_of(config)])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     sections = ("data.", "model.") if command == "evaluate" else ("",)
-    names = [name for name, _ in every_field(Config()) if name.startswith(sections)]
+    names = [name for name, _ in every_field(config) if name.startswith(sections)]
     assert ended.value.code == 0
     assert all("--" + name.replace("_", "-") in text for name in names)
-    assert "Most movies in a bag of liked or disliked ones, the latest." in text
+    explained = {"movielens": "Most movies in a bag of liked or disliked ones, the latest."}
+    assert explained.get(config.data.source, "Rows held out, those that follow.") in text
+    assert "Columns of every embedding table." in text
 
 
 def test_help_shows_the_values_of_the_file(tmp_path, capsys):

@@ -55,10 +55,7 @@ def shuffle(  # noqa: PLR0913  # the parameters of the field's vocabulary
     """
     check_path_manager(path_manager_key)
     widths = {"labels": 1, "dense": int_columns, "sparse": sparse_columns}
-    folders = {
-        "labels": Path(input_dir_labels_and_dense),
-        "dense": Path(input_dir_labels_and_dense),
-    }
+    folders = dict.fromkeys(("labels", "dense"), Path(input_dir_labels_and_dense))
     folders["sparse"] = Path(input_dir_sparse)
     sources = [_open_day(folders, day, widths) for day in range(days)]
     sizes = [len(source["labels"]) for source in sources]
@@ -70,22 +67,10 @@ def shuffle(  # noqa: PLR0913  # the parameters of the field's vocabulary
             )
     output = Path(output_dir_shuffled)
     with ExitStack() as stack:
-        by_day = [
-            {
-                name: stack.enter_context(
-                    NpyWriter(output / f"day_{day}_{name}.npy", widths[name], dtype)
-                )
-                for name, dtype in _PARTS.items()
-            }
-            for day in range(days)
-        ]
-        full = {
-            name: stack.enter_context(
-                NpyWriter(Path(output_dir_full_set) / f"{name}.npy", widths[name], dtype)
-            )
-            for name, dtype in _PARTS.items()
-            if output_dir_full_set is not None
-        }
+        by_day = [_writers(stack, output, f"day_{day}_", widths) for day in range(days)]
+        full = {}
+        if output_dir_full_set is not None:
+            full = _writers(stack, Path(output_dir_full_set), "", widths)
         done = 0
         blocks = (block for source in sources[:-1] for block in _pack(source))
         for rows in _in_random_order(blocks, sum(sizes[:-1]), random_seed, output):
@@ -119,6 +104,16 @@ def _open_day(
             "BinaryCriteoUtils.sparse_to_contiguous"
         )
     return matrices
+
+
+def _writers(
+    stack: ExitStack, folder: Path, prefix: str, widths: Mapping[str, int]
+) -> dict[str, NpyWriter]:
+    """Begin the three matrices of a day, or of all."""
+    return {
+        name: stack.enter_context(NpyWriter(folder / f"{prefix}{name}.npy", widths[name], dtype))
+        for name, dtype in _PARTS.items()
+    }
 
 
 def _pack(source: Mapping[str, np.ndarray]) -> Iterator[Int32[np.ndarray, "rows columns"]]:

@@ -34,7 +34,7 @@ constexpr RuleShape kRuleShapes[] = {
     {0, 2, {false, false}},  // Adam
     {1, 2, {false, true}},   // partial row-wise Adam
     {2, 2, {false, false}},  // LAMB
-    {4, 2, {false, true}},   // partial row-wise LAMB
+    {3, 2, {false, true}},   // partial row-wise LAMB
     {2, 1, {false, false}},  // LARS
 };
 constexpr const RuleShape& shape_of(RuleCode code) {

@@ -96,6 +96,24 @@ int64_t num_rows(const std::vector<TouchedRows>& touched) {
   return touched.empty() ? 0 : touched.back().first_row + touched.back().count();
 }
 
+// Points the runs at what the rule reads and writes. Gives the rule's numbers per table.
+std::vector<RuleNumbers> bind_runs(const RuleArguments& rule, const Tensor& sums, float lr,
+                                   int64_t seed, std::vector<TouchedRows>* touched) {
+  const int64_t per_row = shape_of(rule.code).num_sums;
+  const bool is_given = per_row > 0 && sums.numel() > 0;
+  if (is_given && sums.numel() != num_rows(*touched) * per_row) {
+    throw std::runtime_error("shardwise: sums must be [touched rows, sums of the rule]");
+  }
+  std::vector<RuleNumbers> numbers;
+  for (size_t t = 0; t < touched->size(); ++t) {
+    TouchedRows& table = (*touched)[t];
+    numbers.push_back(rule.numbers(t, lr, seed));
+    rule.bind_states(t, &table.run);
+    if (is_given) table.run.given_sums = sums.data<float>() + table.first_row * per_row;
+  }
+  return numbers;
+}
+
 }  // namespace
 
 void update_(StableIValue* stack, uint64_t, uint64_t) {
@@ -111,21 +129,9 @@ void update_(StableIValue* stack, uint64_t, uint64_t) {
     throw std::runtime_error("shardwise: lr must be one float32 number");
   }
   call.lay_out(rule.tables, grad.size(0), grad.size(1));
-  const std::vector<TableView> views = view_tables(rule.tables);
-  std::vector<TouchedRows> touched = group_rows(call, views, gradient, grad.numel());
-  const int64_t per_row = shape_of(rule.code).num_sums;
-  const bool is_given = per_row > 0 && sums.numel() > 0;
-  if (is_given && sums.numel() != num_rows(touched) * per_row) {
-    throw std::runtime_error("shardwise: sums must be [touched rows, sums of the rule]");
-  }
-  std::vector<RuleNumbers> numbers;
-  for (size_t t = 0; t < touched.size(); ++t) {
-    numbers.push_back(rule.numbers(t, *lr.data<float>(), seed));
-    rule.bind_states(t, &touched[t].run);
-    if (is_given) {
-      touched[t].run.given_sums = sums.data<float>() + touched[t].first_row * per_row;
-    }
-  }
+  std::vector<TouchedRows> touched =
+      group_rows(call, view_tables(rule.tables), gradient, grad.numel());
+  const auto numbers = bind_runs(rule, sums, *lr.data<float>(), seed, &touched);
   for_each_piece(touched, [&](const TouchedRows& table, const RowRun& run) {
     isa().update(run, numbers[&table - touched.data()]);
   });
@@ -138,18 +144,17 @@ void row_sums(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor grad = arguments.tensor();
   Call call(arguments);
   const RuleArguments rule(arguments);
+  const Tensor sums = arguments.tensor();
   const float* gradient = read_grad(grad);
   rule.check();
   call.lay_out(rule.tables, grad.size(0), grad.size(1));
-  const std::vector<TableView> views = view_tables(rule.tables);
-  std::vector<TouchedRows> touched = group_rows(call, views, gradient, grad.numel());
+  std::vector<TouchedRows> touched =
+      group_rows(call, view_tables(rule.tables), gradient, grad.numel());
+  const auto numbers = bind_runs(rule, sums, 0.0f, -1, &touched);
   const int64_t per_row = shape_of(rule.code).num_sums;
   Tensor result = Tensor::empty({num_rows(touched), per_row}, aoti_torch_dtype_float32());
-  std::vector<RuleNumbers> numbers;
-  for (size_t t = 0; t < touched.size(); ++t) {
-    numbers.push_back(rule.numbers(t, 0.0f, -1));
-    rule.bind_states(t, &touched[t].run);
-    touched[t].run.out = result.mutable_data<float>() + touched[t].first_row * per_row;
+  for (TouchedRows& table : touched) {
+    table.run.out = result.mutable_data<float>() + table.first_row * per_row;
   }
   if (per_row > 0) {
     for_each_piece(touched, [&](const TouchedRows& table, const RowRun& run) {

@@ -67,9 +67,8 @@ SHARDWISE_INLINE Floats direction(const Floats& first, const Floats& second,
   const Floats root = sqrt(second / splat(k.correction2)) + splat(k.eps);
   return first / splat(k.correction1) / root;
 }
-SHARDWISE_INLINE float next_row_moment(float* state, float squared_sum, const RuleNumbers& k) {
-  *state = k.beta2 * *state + k.rest2 * (squared_sum / k.logical_width);
-  return *state;
+SHARDWISE_INLINE float next_row_moment(float state, float squared_sum, const RuleNumbers& k) {
+  return k.beta2 * state + k.rest2 * (squared_sum / k.logical_width);
 }
 SHARDWISE_INLINE float decay_in_trust(const RuleNumbers& k) {
   return k.is_decoupled ? k.weight_decay : 0.0f;
@@ -139,7 +138,8 @@ template <>
 struct Rule<RuleCode::kPartialRowWiseAdam> : SquaredGradient {
   template <typename T>
   static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
-    const Floats second = splat(next_row_moment(row.state1, sums[0], k));
+    *row.state1 = next_row_moment(*row.state1, sums[0], k);
+    const Floats second = splat(*row.state1);
     write_row<true>(row, k, [&](const Chunk& x) {
       const Floats first = first_moment(row.state0, x, k);
       store(row.state0 + x.column, first, x.n);
@@ -180,32 +180,33 @@ struct Rule<RuleCode::kLamb> {
   }
 };
 
+// The norm of the step needs the second moment of the whole row, so there are two rounds of sums.
 template <>
-struct Rule<RuleCode::kPartialRowWiseLamb> {
+struct Rule<RuleCode::kPartialRowWiseLamb> : SquaredGradient {
+  SHARDWISE_INLINE static Floats update(const Floats& first, float second, const RuleNumbers& k,
+                                        const Chunk& x) {
+    return direction(first, splat(second), k) + splat(decay_in_trust(k)) * x.weight;
+  }
   template <typename T>
-  static void sums(const Row<T>& row, const RuleNumbers& k, float* out) {
-    Floats total[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  static void second_sums(const Row<T>& row, const RuleNumbers& k, float* out) {
+    const float second = next_row_moment(*row.state1, out[0], k);
+    Floats weight = splat(0.0f), change = splat(0.0f);
     for_chunks(row, k, [&](const Chunk& x) {
-      const Floats first = first_moment(row.state0, x, k);
-      total[0] = total[0] + x.grad * x.grad;
-      total[1] = total[1] + x.weight * x.weight;
-      total[2] = total[2] + first * first;
-      total[3] = total[3] + first * x.weight;
+      const Floats step = update(first_moment(row.state0, x, k), second, k, x);
+      weight = weight + x.weight * x.weight;
+      change = change + step * step;
     });
-    for (int i = 0; i < 4; ++i) out[i] = sum(total[i]);
+    out[1] = sum(weight);
+    out[2] = sum(change);
   }
   template <typename T>
   static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
-    const float second = next_row_moment(row.state1, sums[0], k);
-    const float scale = 1.0f / k.correction1 / (std::sqrt(second / k.correction2) + k.eps);
-    const float decay = decay_in_trust(k);
-    const float squared =
-        scale * scale * sums[2] + 2 * decay * scale * sums[3] + decay * decay * sums[1];
-    const Floats factor = splat(k.lr * trust(sums[1], std::max(squared, 0.0f)));
+    *row.state1 = next_row_moment(*row.state1, sums[0], k);
+    const Floats factor = splat(k.lr * trust(sums[1], sums[2]));
     write_row<false>(row, k, [&](const Chunk& x) {
       const Floats first = first_moment(row.state0, x, k);
       store(row.state0 + x.column, first, x.n);
-      return factor * (splat(scale) * first + splat(decay) * x.weight);
+      return factor * update(first, *row.state1, k, x);
     });
   }
 };

@@ -106,7 +106,7 @@ SHARDWISE_INLINE void prefetch_states(const RowRun& run, int64_t r) {
   }
 }
 
-constexpr int kMostSums = 4;
+constexpr int kMostSums = 3;
 
 template <RuleCode kCode, typename T>
 void run_rule(const RowRun& run, const RuleNumbers& k, bool only_sums) {
@@ -115,12 +115,12 @@ void run_rule(const RowRun& run, const RuleNumbers& k, bool only_sums) {
     prefetch_states<kCode>(run, r + kRowsAhead);
     const Row<T> row = view_row<kCode, T>(run, r, grad);
     float sums[kMostSums] = {};
+    if (run.given_sums != nullptr) std::copy_n(run.given_sums + r * count, count, sums);
     if constexpr (requires { Rule<kCode>::sums(row, k, sums); }) {
-      if (only_sums || run.given_sums == nullptr) {
-        Rule<kCode>::sums(row, k, sums);
-      } else {
-        std::copy_n(run.given_sums + r * count, count, sums);
-      }
+      if (run.given_sums == nullptr) Rule<kCode>::sums(row, k, sums);
+    }
+    if constexpr (requires { Rule<kCode>::second_sums(row, k, sums); }) {
+      if (only_sums || run.given_sums == nullptr) Rule<kCode>::second_sums(row, k, sums);
     }
     if (only_sums) {
       std::copy_n(sums, count, run.out + r * count);

@@ -67,7 +67,7 @@ class BadIds(IntEnum):
 
 def _fake_row_sums(grad: Tensor, *arguments: Any) -> Tensor:
     count = torch.library.get_ctx().new_dynamic_size()
-    return grad.new_empty(count, RULES[arguments[-2]].num_sums, dtype=torch.float32)
+    return grad.new_empty(count, RULES[arguments[12]].num_sums, dtype=torch.float32)
 
 
 def _fake_row_grads(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +96,9 @@ _update = register(
 )
 _row_sums = register(
     "row_sums",
-    reference=lambda grad, *a: reference.row_sums(grad, Ids(*a[:8]), reference.Rules(*a[8:])),
+    reference=lambda grad, *a: reference.row_sums(
+        grad, Ids(*a[:8]), reference.Rules(*a[8:14]), *a[14:]
+    ),
     fake=_fake_row_sums,
 )
 _row_grads = register(

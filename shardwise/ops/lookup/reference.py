@@ -238,12 +238,19 @@ class Rules(NamedTuple):
         return Rows(weight, grad, own, step, int(self.slots[touched.table, 3]), settings)
 
 
-def row_sums(grad: Tensor, call: Ids, rules: Rules) -> Tensor:
-    """Give the rule's row sums [N, num_sums] of the touched rows, table after table."""
+def row_sums(grad: Tensor, call: Ids, rules: Rules, given: Tensor) -> Tensor:
+    """Give the rule's row sums [N, num_sums] of the touched rows, table after table.
+
+    Sums that are `given`, when not empty, are the first ones of whole rows; those that are made of
+    them are made anew, the others stay.
+    """
     rule = RULES[rules.code]
-    sums = [torch.empty(0, rule.num_sums, device=grad.device)]
+    sums, start = [torch.empty(0, rule.num_sums, device=grad.device)], 0
     for touched in touched_rows(grad, call, rules.tables):
-        sums.append(rule.row_sums(rules.rows(touched, int(rules.steps[touched.table]) + 1)))
+        rows = rules.rows(touched, int(rules.steps[touched.table]) + 1)
+        stop = start + touched.rows.numel()
+        sums.append(rule.row_sums(rows, given[start:stop] if given.numel() else None))
+        start = stop
     return torch.cat(sums)
 
 
@@ -256,7 +263,7 @@ def update_(grad: Tensor, call: Ids, rules: Rules, seed: int, lr: Tensor, sums: 
     for touched in every:
         rows = rules.rows(touched, int(rules.steps[touched.table]))
         stop = start + touched.rows.numel()
-        own = sums[start:stop] if sums.numel() else rule.row_sums(rows)
+        own = sums[start:stop] if sums.numel() else rule.row_sums(rows, None)
         new = updated_weight(rule, rows, own, lr)
         first = touched.table * len(rule.states)
         for state, values in zip(rules.states[first:], rows.states, strict=False):

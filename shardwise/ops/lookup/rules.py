@@ -1,9 +1,10 @@
 """Update rules: what an optimizer does to one touched row, as data and as plain PyTorch.
 
 A rule is a pair (row sums, apply). *Row sums* are the few numbers per row that need all of its
-columns (mean squared gradient, norms); where the columns of a row lie on several ranks they are
-added over ranks between the two. *Apply* then changes each column on its own. Both see the row
-before the update, the summed gradient of the row and the rule's state.
+columns (squared gradient, norms); where the columns of a row lie on several ranks they are added
+over ranks between the two. *Apply* then changes each column on its own. Both see the row before
+the update, the summed gradient of the row and the rule's state. One rule needs sums of sums: it
+takes the first sums of whole rows to make the others.
 """
 
 from collections.abc import Callable
@@ -112,7 +113,8 @@ class Rule:
             float32.
         settings: The names in `Settings` that it reads, besides weight decay and `max_gradient`.
         num_sums: Row sums it needs.
-        row_sums: From the rows to [N, num_sums].
+        row_sums: From the rows, and from sums of whole rows where those of these columns are
+            not all, to [N, num_sums].
         apply: From the rows, [N, num_sums] and lr to the step [N, D], to be subtracted from the
             rows; changes the states in place.
     """
@@ -122,11 +124,11 @@ class Rule:
     states: tuple[tuple[str, StateShape], ...]
     settings: tuple[str, ...]
     num_sums: int
-    row_sums: Callable[[Rows], Tensor]
+    row_sums: Callable[[Rows, Tensor | None], Tensor]
     apply: Callable[[Rows, Tensor, Tensor], Tensor]
 
 
-def _no_sums(rows: Rows) -> Tensor:
+def _no_sums(rows: Rows, given: Tensor | None) -> Tensor:
     return rows.grad.new_empty(rows.grad.shape[0], 0)
 
 
@@ -144,8 +146,8 @@ def _adagrad(rows: Rows, sums: Tensor, lr: Tensor) -> Tensor:
     return lr * rows.grad / (total.sqrt() + rows.settings.eps)
 
 
-def _squared_gradient(rows: Rows) -> Tensor:
-    return _sums(rows.grad**2)
+def _squared_gradient(rows: Rows, given: Tensor | None) -> Tensor:
+    return _sums(rows.grad**2) if given is None else given
 
 
 def _row_wise_adagrad(rows: Rows, sums: Tensor, lr: Tensor) -> Tensor:
@@ -199,8 +201,8 @@ def _lamb_update(rows: Rows) -> Tensor:
     return _direction(rows, first, second) + _decay_in_trust(rows) * rows.weight
 
 
-def _lamb_sums(rows: Rows) -> Tensor:
-    return _sums(rows.weight**2, _lamb_update(rows) ** 2)
+def _lamb_sums(rows: Rows, given: Tensor | None) -> Tensor:
+    return _sums(rows.weight**2, _lamb_update(rows) ** 2) if given is None else given
 
 
 def _lamb(rows: Rows, sums: Tensor, lr: Tensor) -> Tensor:
@@ -211,29 +213,29 @@ def _lamb(rows: Rows, sums: Tensor, lr: Tensor) -> Tensor:
     return lr * _trust(sums[:, 0], sums[:, 1])[:, None] * update
 
 
-def _partial_row_wise_lamb_sums(rows: Rows) -> Tensor:
-    first, weight = _first_moment(rows), rows.weight
-    return _sums(rows.grad**2, weight**2, first**2, first * weight)
+def _partial_row_wise_lamb_update(rows: Rows, squared: Tensor) -> Tensor:
+    """Give the update, from the squared gradient [N] of whole rows."""
+    second = _second_moment(rows, squared / rows.width)[:, None]
+    return _direction(rows, _first_moment(rows), second) + _decay_in_trust(rows) * rows.weight
+
+
+def _partial_row_wise_lamb_sums(rows: Rows, given: Tensor | None) -> Tensor:
+    squared = (rows.grad**2).sum(1) if given is None else given[:, 0]
+    update = _partial_row_wise_lamb_update(rows, squared)
+    return torch.cat([squared[:, None], _sums(rows.weight**2, update**2)], 1)
 
 
 def _partial_row_wise_lamb(rows: Rows, sums: Tensor, lr: Tensor) -> Tensor:
-    """LAMB whose second moment is one number per row.
-
-    The update is then a * first + decay * weight with one a per row, so that its norm follows from
-    sums over columns that need not wait for the new second moment.
-    """
-    grad_squared, weight_squared, first_squared, product = sums.unbind(1)
-    rows.states[0].copy_(_first_moment(rows))
-    rows.states[1].copy_(_second_moment(rows, grad_squared / rows.width))
-    scale = _direction(rows, torch.ones_like(grad_squared), rows.states[1])
-    decay = _decay_in_trust(rows)
-    squared = scale**2 * first_squared + 2 * decay * scale * product + decay**2 * weight_squared
-    update = scale[:, None] * rows.states[0] + decay * rows.weight
-    return lr * _trust(weight_squared, squared.clamp(min=0))[:, None] * update
+    squared, weight_squared, update_squared = sums.unbind(1)
+    update = _partial_row_wise_lamb_update(rows, squared)
+    first, second = _first_moment(rows), _second_moment(rows, squared / rows.width)
+    rows.states[0].copy_(first)
+    rows.states[1].copy_(second)
+    return lr * _trust(weight_squared, update_squared)[:, None] * update
 
 
-def _norms(rows: Rows) -> Tensor:
-    return _sums(rows.weight**2, rows.grad**2)
+def _norms(rows: Rows, given: Tensor | None) -> Tensor:
+    return _sums(rows.weight**2, rows.grad**2) if given is None else given
 
 
 def _lars_sgd(rows: Rows, sums: Tensor, lr: Tensor) -> Tensor:
@@ -278,7 +280,7 @@ PARTIAL_ROW_WISE_LAMB = Rule(
     6,
     _PARTIAL_MOMENTS,
     _MOMENTS,
-    4,
+    3,
     _partial_row_wise_lamb_sums,
     _partial_row_wise_lamb,
 )

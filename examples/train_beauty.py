@@ -6,79 +6,49 @@ A user's last item is for the test, the one before for validation, the rest for 
 ranked among all items but those that the user had before it.
 """
 
-import os
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import shardwise as sw
 
-FETCH = "fetch Beauty.txt from the data folder of github.com/RUCAIBox/CIKM2020-S3Rec"
 
-
-def read_sequences(file: str) -> list[Tensor]:
-    """Read `user item item …` per line, oldest item first."""
-    folder = Path(os.environ.get("SHARDWISE_DATA") or "~/.cache/shardwise").expanduser()
-    path = Path(file) if file else folder / "s3rec" / "Beauty.txt"
-    if not path.exists():
-        raise SystemExit(f"{path} is not there: {FETCH}")
-    lines = path.read_text().splitlines()
-    return [torch.tensor([int(item) for item in line.split()[1:]]) for line in lines]
-
-
-def join(sequences: list[Tensor]) -> sw.KeyedJaggedTensor:
-    """Lay sequences end to end under the model's key."""
-    lengths = torch.tensor([len(one) for one in sequences])
-    return sw.KeyedJaggedTensor(["item"], torch.cat(sequences), lengths=lengths)
-
-
-def shuffle(lengths: Tensor, size: int) -> Iterator[list[int]]:
-    """Cut users into random batches of like lengths, which saves padding."""
-    batches: list[Tensor] = []
-    for group in torch.randperm(len(lengths)).split(8 * size):
-        batches += group[lengths[group].argsort()].split(size)
-    for number in torch.randperm(len(batches)).tolist():
-        yield batches[number].tolist()
+def start(rows: Tensor) -> Tensor:
+    """Draw the start of tables."""
+    return rows.normal_(0, 0.02)
 
 
 def make_model(num_items: int, max_length: int, options: dict[str, Any]) -> sw.SASRec:
-    """Make tables and blocks, which start normal with deviation 0.02."""
-
-    def start(rows: Tensor) -> Tensor:
-        return rows.normal_(0, 0.02)
-
+    """Make the tables and the blocks."""
     width = options["embedding_dim"]
     tables = [
-        sw.EmbeddingConfig(num_items, width, "item", init_fn=start),
+        sw.EmbeddingConfig(num_items + 1, width, "item", init_fn=start),  # items count from 1
         sw.EmbeddingConfig(max_length, width, "position", init_fn=start),
     ]
     blocks = {name: value for name, value in options.items() if name != "embedding_dim"}
-    model = sw.SASRec(sw.EmbeddingCollection(tables), **blocks)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
-            torch.nn.init.normal_(layer.weight, 0, 0.02)
-            torch.nn.init.zeros_(layer.bias)
-    return model
+    return sw.SASRec(sw.EmbeddingCollection(tables), **blocks)
 
 
 @torch.no_grad()
-def evaluate(model: sw.SASRec, sequences: list[Tensor], held_out: int) -> dict[str, float]:
-    """Rank the item that is `held_out` from the end, given all before it."""
+def evaluate(model: sw.SASRec, held_out: sw.HeldOut) -> dict[str, float]:
+    """Rank the item that each user took next."""
     model.eval()
+    samples = sw.held_out_samples(held_out, max_length=model.max_length)
     metrics = sw.RetrievalMetrics([10])
-    for first in range(0, len(sequences), 256):
-        users = sequences[first : first + 256]
-        before = [one[:-held_out] for one in users]
-        relevant = sw.JaggedTensor.from_dense([one[-held_out].view(1) for one in users])
-        scores = model.score(join([one[-model.max_length :] for one in before]))
-        scores[:, 0] = float("-inf")  # items count from 1
-        metrics.update(scores, relevant, excluded=sw.JaggedTensor.from_dense(before))
+    for rows in np.array_split(np.arange(len(samples)), -(-len(samples) // 256)):
+        batch = samples.select(torch.from_numpy(rows)).batch()
+        scores = model.score(batch.features)
+        scores[:, 0] = float("-inf")  # no item
+        relevant = sw.JaggedTensor(batch.targets, lengths=torch.ones(len(rows), dtype=torch.int64))
+        before = held_out.histories.take(rows)
+        items, lengths = torch.from_numpy(before.items), torch.from_numpy(before.lengths)
+        metrics.update(scores, relevant, excluded=sw.JaggedTensor(items, lengths=lengths))
     model.train()
     return metrics.compute()
 
@@ -88,37 +58,32 @@ def main(config: dict[str, dict[str, Any]]) -> dict[str, float]:
     options, max_length = config["train"], config["data"]["max_length"]
     torch.manual_seed(options["seed"])
     torch.set_num_threads(options["num_threads"] or torch.get_num_threads())
-    sequences = read_sequences(config["data"]["file"])
-    inputs = [one[:-3][-max_length:] for one in sequences]
-    targets = [one[1:-2][-max_length:] for one in sequences]
-    lengths = torch.tensor([len(one) for one in inputs])
-    num_items = 1 + max(int(one.max()) for one in sequences)
-    counts = torch.bincount(torch.cat(targets), minlength=num_items)
-    model = make_model(num_items, max_length, config["model"])
-    with_batch = counts if options["in_batch_negatives"] else None
-    train = sw.SASRecTrain(model, options["num_negatives"], with_batch)
+    parts = sw.leave_one_out(sw.read_sequences(config["data"]["file"] or None))
+    samples = sw.training_samples(parts.train, max_length=max_length)
+    loader = sw.SampleLoader(samples, options["batch_size"], seed=options["seed"])
+    model = make_model(parts.train.num_items, max_length, config["model"])
+    train = sw.SASRecTrain(model, options["num_negatives"])
     tables = sw.in_backward(train, sw.Adam, lr=options["table_lr"])
     rest = sw.in_backward_optimizer_filter(train.named_parameters())
     dense = torch.optim.Adam((parameter for _, parameter in rest), lr=options["dense_lr"])
     wall, cpu = time.perf_counter(), time.process_time()
     for epoch in range(options["epochs"]):
-        total = 0.0
+        losses = []
         for optimizer, name in ((tables, "table_lr"), (dense, "dense_lr")):
             optimizer.param_groups[0]["lr"] = options[name] * (1 - epoch / options["epochs"])
-        for users in shuffle(lengths, options["batch_size"]):
+        for batch in loader:
             dense.zero_grad()
             tables.zero_grad()  # hands over the rate
-            batch = join([inputs[user] for user in users])
-            loss, _ = train(batch, torch.cat([targets[user] for user in users]))
+            loss, _ = train(batch.features, batch.targets)
             loss.backward()
             dense.step()
-            total += loss.item() * len(users) / len(sequences)
-        line = f"epoch {epoch + 1}: loss {total:.4f}"
+            losses.append(loss.item())
+        line = f"epoch {epoch + 1}: loss {np.mean(losses):.4f}"
         if (epoch + 1) % 5 == 0:
-            line += f", validation {evaluate(model, sequences, 2)}"
+            line += f", validation {evaluate(model, parts.validation)}"
         spent = f"{time.perf_counter() - wall:.0f} s, {time.process_time() - cpu:.0f} s of CPU"
         print(f"{line} ({spent})", flush=True)
-    return evaluate(model, sequences, 1)
+    return evaluate(model, parts.test)
 
 
 if __name__ == "__main__":

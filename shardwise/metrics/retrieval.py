@@ -50,8 +50,8 @@ def rank_relevant(
         scores = scores.index_put((_sample_of_value(excluded), excluded.values().long()), worst)
     samples = _sample_of_value(relevant)
     own = scores[samples, relevant.values().long()]
-    own = torch.where(own.isnan(), worst, own)
-    not_below = (~(scores[samples] < own.unsqueeze(1))).sum(1)  # (V,), itself and ties among them
+    # (V,), itself and ties among them; nothing is below NaN, and NaN is not below anything
+    not_below = (~(scores[samples] < own.unsqueeze(1))).sum(1)
     # Sorted by sample and count. Relevant items that tie have one count, the rank of their last.
     order = (samples * (num_items + 1) + not_below).sort().values
     _, group, sizes = order.unique_consecutive(return_inverse=True, return_counts=True)

@@ -28,7 +28,7 @@ def config(file: Path) -> dict:
 def test_example_finds_held_out_items(train_beauty, tmp_path):
     """Users walk round 300 items one by one, so the ten best of a good model have the next."""
     lines = []
-    for user, start in enumerate(torch.randint(300, (200,)).tolist()):
+    for user, start in enumerate(torch.randint(300, (200,)).tolist(), start=1):
         items = [1 + (start + step) % 300 for step in range(8 + user % 5)]
         lines.append(f"{user} {' '.join(map(str, items))}\n")
     file = tmp_path / "Walks.txt"
@@ -38,5 +38,5 @@ def test_example_finds_held_out_items(train_beauty, tmp_path):
 
 
 def test_example_says_what_to_fetch(train_beauty, tmp_path):
-    with pytest.raises(SystemExit, match=r"absent.txt is not there: fetch Beauty.txt from"):
+    with pytest.raises(FileNotFoundError, match=r"absent.txt: no such file; get Beauty.txt"):
         train_beauty["main"](config(tmp_path / "absent.txt"))

@@ -6,10 +6,11 @@ text of `--help`.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from shardwise.cli.checks import ConfigError, require_least, require_positive
-from shardwise.cli.data_config import DataConfig, MovieLensConfig
-from shardwise.cli.model_config import DLRMConfig, ModelConfig
+from shardwise.cli.data_config import DataConfig, MovieLensConfig, SequencesConfig
+from shardwise.cli.model_config import DLRMConfig, ModelConfig, SASRecConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,11 @@ class TrainConfig:
         seed: Of the model's start and of the order of the samples.
         epochs: Times that each training sample is seen.
         batch_size: Samples per step.
-        table_lr: Learning rate of the tables: row-wise Adagrad, run inside backward.
-        table_eps: Added to the root of the tables' mean squared gradients.
+        table_rule: How the tables are updated, inside backward.
+        table_lr: Learning rate of the tables.
+        table_eps: What their rule adds to the root of mean squared gradients.
         dense_lr: Learning rate of everything else: Adam.
+        lr_falls: Let both rates fall to 0 in a straight line, step by step.
         patience: Stop after this many epochs without better figures on the validation part, and
             take the best epoch's model; 0: train for all epochs and take the last.
         num_threads: Threads that share the work of one operator. Small steps lose time with more
@@ -33,9 +36,11 @@ class TrainConfig:
     seed: int = 0
     epochs: int = 1
     batch_size: int = 128
+    table_rule: Literal["rowwise_adagrad", "adam"] = "rowwise_adagrad"
     table_lr: float = 0.001
     table_eps: float = 1e-10
     dense_lr: float = 0.002
+    lr_falls: bool = False
     patience: int = 0
     num_threads: int = 1
     resume: bool = False
@@ -110,6 +115,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what sections ask of one another."""
+        check_fit(self.data, self.model)
         if self.train.resume and not self.checkpoint.folder:
             raise ConfigError(
                 "train.resume is set but checkpoint.folder is empty; name the folder to go on from"
@@ -135,3 +141,17 @@ class EvaluateConfig:
     checkpoint: str = ""
     data: DataConfig = field(default_factory=MovieLensConfig)
     model: ModelConfig = field(default_factory=DLRMConfig)
+
+    def __post_init__(self) -> None:
+        """Check what sections ask of one another."""
+        check_fit(self.data, self.model)
+
+
+def check_fit(data: DataConfig, model: ModelConfig) -> None:
+    """Raise `ConfigError` unless the model can learn from the data."""
+    reads_sequences = isinstance(model, SASRecConfig)
+    if reads_sequences != isinstance(data, SequencesConfig):
+        wanted = "another" if reads_sequences else "'sasrec'"
+        raise ConfigError(
+            f"model.kind is {model.kind!r}, wanted with data.source {data.source!r}: {wanted}"
+        )

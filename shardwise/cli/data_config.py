@@ -11,8 +11,8 @@ class MovieLensConfig:
     """MovieLens: will this user like this movie?
 
     Attributes:
-        source: Where the samples come from: movielens or criteo-kaggle. The other fields depend
-            on it.
+        source: Where the samples come from: movielens, criteo-kaggle or sequences. The other
+            fields depend on it.
         root: Folder of the MovieLens edition; empty: look in $SHARDWISE_DATA, then take the copy
             shipped with the project.
         edition: Name of the edition's folder, used when root is empty.
@@ -47,8 +47,8 @@ class CriteoConfig:
     """Criteo's click logs as they are published: will this advertisement be clicked?
 
     Attributes:
-        source: Where the samples come from: movielens or criteo-kaggle. The other fields depend
-            on it.
+        source: Where the samples come from: movielens, criteo-kaggle or sequences. The other
+            fields depend on it.
         path: The file of rows, gzipped or not; empty: criteo-kaggle-10k/train_examples.txt in
             $SHARDWISE_DATA.
         train_rows: Rows to train on, the first of the file.
@@ -81,4 +81,32 @@ class CriteoConfig:
         return self.validation_rows > 0
 
 
-DataConfig = MovieLensConfig | CriteoConfig
+@dataclass(frozen=True, kw_only=True)
+class SequencesConfig:
+    """What each user took, in order: what next?
+
+    The last item of each user is the test, the one before is to judge epochs by.
+
+    Attributes:
+        source: Where the samples come from: movielens, criteo-kaggle or sequences. The other
+            fields depend on it.
+        path: The file, a line "user item item ..." per user; empty: s3rec/Beauty.txt in
+            $SHARDWISE_DATA.
+        max_length: Most items of a user that the model reads, the latest.
+    """
+
+    source: Literal["sequences"] = "sequences"
+    path: str = ""
+    max_length: int = 50
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        require_least("data.max_length", self.max_length, 1)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether a part is kept to judge epochs by."""
+        return True
+
+
+DataConfig = MovieLensConfig | CriteoConfig | SequencesConfig

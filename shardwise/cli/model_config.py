@@ -11,7 +11,8 @@ class _Towers:
     """What DLRM and its variants have in common.
 
     Attributes:
-        kind: Which model: dlrm, dcn, projection or deepfm. The other fields depend on it.
+        kind: Which model: dlrm, dcn, projection, deepfm or, for sequences, sasrec. The other
+            fields depend on it.
         embedding_dim: Columns of every embedding table.
         dense_layers: Widths of the layers over the dense features; the last is embedding_dim.
         over_layers: Widths of the layers over the interactions, two or more; the last is 1.
@@ -91,7 +92,8 @@ class DeepFMConfig:
     """DeepFM: a factorization machine and a deep part.
 
     Attributes:
-        kind: Which model: dlrm, dcn, projection or deepfm. The other fields depend on it.
+        kind: Which model: dlrm, dcn, projection, deepfm or, for sequences, sasrec. The other
+            fields depend on it.
         embedding_dim: Columns of every embedding table.
         hidden_dim: Width of the layer between the dense features and their vector.
         deep_dim: Columns of the deep part's result.
@@ -113,4 +115,35 @@ class DeepFMConfig:
             require_least(f"model.{name}", getattr(self, name), 1)
 
 
-ModelConfig = DLRMConfig | DCNConfig | ProjectionConfig | DeepFMConfig
+@dataclass(frozen=True, kw_only=True)
+class SASRecConfig:
+    """SASRec: causal self-attention over a user's items.
+
+    Attributes:
+        kind: Which model: dlrm, dcn, projection, deepfm or, for sequences, sasrec. The other
+            fields depend on it.
+        embedding_dim: Columns of the tables of items and of positions.
+        num_blocks: Blocks of attention and item layers.
+        num_heads: Heads of attention; divides embedding_dim.
+        dropout: Share of the embeddings and of each block's addends that training zeroes.
+        num_negatives: Items drawn per step to compare the next ones with; 0: all items, once.
+    """
+
+    kind: Literal["sasrec"] = "sasrec"
+    embedding_dim: int = 64
+    num_blocks: int = 2
+    num_heads: int = 2
+    dropout: float = 0.5
+    num_negatives: int = 1024
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        for name in ("embedding_dim", "num_blocks", "num_heads"):
+            require_least(f"model.{name}", getattr(self, name), 1)
+        require_least("model.num_negatives", self.num_negatives, 0)
+        require("model.dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and under 1")
+        is_right, dim = self.embedding_dim % self.num_heads == 0, self.embedding_dim
+        require("model.num_heads", self.num_heads, is_right, f"a divisor of embedding_dim, {dim}")
+
+
+ModelConfig = DLRMConfig | DCNConfig | ProjectionConfig | DeepFMConfig | SASRecConfig

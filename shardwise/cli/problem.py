@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from shardwise.data import Samples
+from shardwise.data.samples import Selectable
 from shardwise.metrics import RecMetric
 
 Figures = dict[str, float]
@@ -22,24 +23,25 @@ class Problem:
         test: What to judge by at the end.
         tables: The features that share their ids, and so a table, by the table's name.
         num_ids: Per sparse feature, the rows its table needs.
-        dense_names: What the dense columns are called.
+        dense_names: What the dense columns are called, if there are any.
         samples_are: What samples are called, such as "ratings".
-        metrics: What is computed from the predictions of training, by the names that are shown.
+        metrics: What is computed from the predictions of training, by the names that are shown; the
+            loss is shown anyway.
         judge: Gives the figures of a model on some samples; the model is left as it was.
         is_better: Whether the first of two sets of figures is the better one.
         rivals: Gives the figures on the test part of the simple predictions that a model must beat,
             by their names.
     """
 
-    train: Samples
-    validation: Samples | None = None
-    test: Samples
+    train: Selectable[Any]
+    validation: Selectable[Any] | None = None
+    test: Selectable[Any]
     tables: Mapping[str, tuple[str, ...]]
     num_ids: Mapping[str, int]
-    dense_names: tuple[str, ...]
+    dense_names: tuple[str, ...] = ()
     samples_are: str
     metrics: Mapping[str, type[RecMetric]]
-    judge: Callable[[nn.Module, Samples], Figures]
+    judge: Callable[[nn.Module, Any], Figures]
     is_better: Callable[[Figures, Figures], bool]
     rivals: Callable[[], Mapping[str, Figures]]
 

@@ -40,9 +40,9 @@ class Progress:
             self._writer = SummaryWriter(tensorboard, purge_step=num_steps + 1)
         self._shown = (time.perf_counter(), start)
 
-    def advance(self, num_samples: int) -> None:
-        """Move the bar on."""
-        self._bar.update(num_samples)
+    def reach(self, num_samples: int) -> None:
+        """Move the bar on, to so many samples of the whole run."""
+        self._bar.update(num_samples - self._bar.n)
 
     def show(self, num_steps: int, figures: Mapping[str, float]) -> None:
         """Put figures of training at the end of the bar and, with samples/s, into the events."""

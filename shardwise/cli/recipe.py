@@ -1,47 +1,75 @@
 """From a config to what a run is made of: problem, model, loss, optimizer."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardwise.cli.config import TrainConfig
 from shardwise.cli.criteo import load_criteo
-from shardwise.cli.data_config import CriteoConfig, DataConfig
+from shardwise.cli.data_config import CriteoConfig, DataConfig, SequencesConfig
 from shardwise.cli.model_config import (
     DCNConfig,
     DeepFMConfig,
     DLRMConfig,
     ModelConfig,
     ProjectionConfig,
+    SASRecConfig,
 )
 from shardwise.cli.movielens import load_movielens
+from shardwise.cli.next_items import load_sequences
 from shardwise.cli.problem import Problem
-from shardwise.data import Batch
-from shardwise.models import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain, SimpleDeepFMNN
+from shardwise.data import Batch, SequenceBatch
+from shardwise.models import (
+    DLRM,
+    DLRM_DCN,
+    DLRM_Projection,
+    DLRMTrain,
+    SASRec,
+    SASRecTrain,
+    SimpleDeepFMNN,
+)
 from shardwise.optim import (
+    Adam,
     CombinedOptimizer,
+    KeyedOptimizer,
     KeyedOptimizerWrapper,
     RowWiseAdagrad,
+    WarmupOptimizer,
+    WarmupPolicy,
+    WarmupStage,
     in_backward,
     in_backward_optimizer_filter,
 )
-from shardwise.tables import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
+from shardwise.tables import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    PoolingType,
+)
 
-Loss = Callable[[Batch], tuple[Tensor, Mapping[str, Tensor]]]
+Loss = Callable[[Any], tuple[Tensor, Mapping[str, Tensor]]]
 """Gives the loss of a batch, and what metrics read."""
+
+_OfBags = DLRMConfig | DCNConfig | ProjectionConfig | DeepFMConfig
 
 
 def load_problem(config: DataConfig) -> Problem:
     """Read the data and make samples of it."""
     if isinstance(config, CriteoConfig):
         return load_criteo(config)
+    if isinstance(config, SequencesConfig):
+        return load_sequences(config)
     return load_movielens(config)
 
 
 def build_model(config: ModelConfig, problem: Problem) -> nn.Module:
     """Make a model with the problem's tables; its start is PyTorch's default generator's."""
-    bags = _build_tables(config, problem)
+    if isinstance(config, SASRecConfig):
+        return _build_sasrec(config, problem)
+    bags = _build_bags(config, problem)
     num_dense = len(problem.dense_names)
     if isinstance(config, DeepFMConfig):
         return SimpleDeepFMNN(
@@ -63,28 +91,50 @@ def build_model(config: ModelConfig, problem: Problem) -> nn.Module:
             return DLRM_Projection(*widths, *branches)
 
 
-def build_loss(model: nn.Module) -> Loss:
-    """Give the mean cross-entropy of the model's chances with the labels."""
+def build_loss(config: ModelConfig, model: nn.Module, problem: Problem) -> Loss:
+    """Give what training makes smaller: of clicks the cross-entropy, of items the softmax loss.
+
+    It refuses a damaged batch by a `ValueError`.
+    """
+    if isinstance(config, SASRecConfig):
+        return _next_item_loss(config, model)
     with_loss = DLRMTrain(model)
 
     def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        batch.validate(problem.dense_names)
         mean, (_, logits, labels) = with_loss(batch)
         return mean, {"prediction": logits.sigmoid(), "label": labels}
 
     return loss
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module) -> CombinedOptimizer:
-    """Give the tables row-wise Adagrad inside backward and all else Adam, keyed by parameter."""
-    tables = in_backward(model, RowWiseAdagrad, lr=config.table_lr, eps=config.table_eps)
+def build_optimizer(config: TrainConfig, model: nn.Module, num_steps: int) -> CombinedOptimizer:
+    """Give the tables their rule inside backward and all else Adam, keyed by parameter.
+
+    Args:
+        config: Rule and rates.
+        model: What to train.
+        num_steps: How many there will be, for rates that fall.
+    """
+    rule = {"rowwise_adagrad": RowWiseAdagrad, "adam": Adam}[config.table_rule]
+    tables = in_backward(model, rule, lr=config.table_lr, eps=config.table_eps)
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(model.named_parameters())),
         lambda parameters: torch.optim.Adam(parameters, lr=config.dense_lr),
     )
-    return CombinedOptimizer([tables, dense])
+    if not config.lr_falls:
+        return CombinedOptimizer([tables, dense])
+    fall = [WarmupStage(WarmupPolicy.POLY, max_iters=num_steps)]
+    rates: list[tuple[str, KeyedOptimizer, float]] = [
+        ("__table_lr", tables, config.table_lr),
+        ("__dense_lr", dense, config.dense_lr),
+    ]
+    return CombinedOptimizer(
+        [WarmupOptimizer(part, fall, lr=lr, param_name=name) for name, part, lr in rates]
+    )
 
 
-def _build_tables(config: ModelConfig, problem: Problem) -> EmbeddingBagCollection:
+def _build_bags(config: _OfBags, problem: Problem) -> EmbeddingBagCollection:
     """Make a table for each kind of id."""
     tables = [
         EmbeddingBagConfig(
@@ -97,3 +147,31 @@ def _build_tables(config: ModelConfig, problem: Problem) -> EmbeddingBagCollecti
         for table, features in problem.tables.items()
     ]
     return EmbeddingBagCollection(tables)
+
+
+def _build_sasrec(config: SASRecConfig, problem: Problem) -> SASRec:
+    """Make tables of items and of positions, which start normal with deviation 0.02."""
+    tables = [
+        EmbeddingConfig(
+            name=table,
+            feature_names=list(features),
+            num_embeddings=problem.num_ids[features[0]],
+            embedding_dim=config.embedding_dim,
+            init_fn=lambda rows: rows.normal_(0, 0.02),
+        )
+        for table, features in problem.tables.items()
+    ]
+    collection = EmbeddingCollection(tables)
+    return SASRec(collection, config.num_blocks, config.num_heads, config.dropout)
+
+
+def _next_item_loss(config: SASRecConfig, model: nn.Module) -> Loss:
+    assert isinstance(model, SASRec), f"{type(model).__name__} is not what the config says"
+    with_loss = SASRecTrain(model, config.num_negatives or None)
+
+    def loss(batch: SequenceBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        batch.features.validate()
+        mean, _ = with_loss(batch.features, batch.targets)
+        return mean, {}
+
+    return loss

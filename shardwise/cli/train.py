@@ -87,7 +87,7 @@ def _train_epoch(trainer: Trainer, progress: Progress, interrupted: Event) -> No
     config, steps_per_epoch = trainer.config, len(trainer.loader)
     for batch in trainer.loader:
         trainer.step(batch)
-        progress.advance(len(batch.labels))
+        progress.reach(trainer.num_samples)
         is_last = trainer.num_steps % steps_per_epoch == 0
         if is_last or trainer.num_steps % config.log.every_steps == 0:
             progress.show(trainer.num_steps, trainer.figures())

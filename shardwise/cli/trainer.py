@@ -19,10 +19,10 @@ from shardwise.cli.checkpoint import (
 from shardwise.cli.config import Config
 from shardwise.cli.problem import Figures, Problem
 from shardwise.cli.recipe import build_loss, build_model, build_optimizer
-from shardwise.data import Batch, SampleLoader
+from shardwise.data import SampleLoader
 from shardwise.metrics import RecMetricModule
 
-_MAY_DIFFER = {"data.root", "train.epochs", "train.num_threads", "train.resume"}
+_MAY_DIFFER = {"data.root", "data.path", "train.epochs", "train.num_threads", "train.resume"}
 
 
 class Trainer:
@@ -41,8 +41,9 @@ class Trainer:
         self.config = config
         self.problem = problem
         self.model = build_model(config.model, problem)
-        self.optimizer = build_optimizer(config.train, self.model)
         self.loader = SampleLoader(problem.train, config.train.batch_size, seed=config.train.seed)
+        num_steps = config.train.epochs * len(self.loader)
+        self.optimizer = build_optimizer(config.train, self.model, num_steps)
         metrics = list(problem.metrics.values())
         self.metrics = RecMetricModule(metrics, window_size=config.log.window)
         self.num_steps = 0
@@ -50,15 +51,14 @@ class Trainer:
         self.best: Figures | None = None
         self._best_weights: dict[str, Tensor] = {}
         self._epochs_since_best = 0
-        self._loss_of = build_loss(self.model)
+        self._loss_of = build_loss(config.model, self.model, problem)
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Any) -> None:
         """Train on one batch.
 
         Raises:
             ValueError: The batch is damaged, or the loss is not finite; no weight has changed.
         """
-        batch.validate(self.problem.dense_names)
         self.optimizer.zero_grad()
         loss, outputs = self._loss_of(batch)
         if not torch.isfinite(loss):
@@ -183,17 +183,20 @@ def check_config(
         path: The checkpoint, for the message.
         state: What `read_state` gave.
         config: The sections of this run's config.
-        sections: Those that must agree; where the data lies, how long to train and on how many
-            threads may differ.
+        sections: Those that must agree; where the data lies, how long to train (unless rates fall)
+            and on how many threads may differ.
 
     Raises:
         ValueError: A field differs.
     """
+    # Rates that fall reach 0 with the last epoch.
+    fixed = {"train.epochs"} if config.get("train", {}).get("lr_falls") else set()
+    may_differ = _MAY_DIFFER - fixed
     for section in sections:
         for name, here in config[section].items():
             there = state["config"][section].get(name, here)
             here = list(here) if isinstance(here, tuple) else here
-            if f"{section}.{name}" not in _MAY_DIFFER and there != here:
+            if f"{section}.{name}" not in may_differ and there != here:
                 raise ValueError(
                     f"checkpoint {path}: it was saved with {section}.{name} {there!r}, this run "
                     f"has {here!r}; set it to {there!r}"

@@ -9,8 +9,14 @@ pytest.importorskip("tyro")  # the extra is there as a whole or not
 from shardwise.cli import main
 from shardwise.cli.checks import ConfigError
 from shardwise.cli.config import Config
-from shardwise.cli.data_config import CriteoConfig, MovieLensConfig
-from shardwise.cli.model_config import DCNConfig, DeepFMConfig, DLRMConfig, ProjectionConfig
+from shardwise.cli.data_config import CriteoConfig, MovieLensConfig, SequencesConfig
+from shardwise.cli.model_config import (
+    DCNConfig,
+    DeepFMConfig,
+    DLRMConfig,
+    ProjectionConfig,
+    SASRecConfig,
+)
 from shardwise.cli.settings import read_config, read_options
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "movielens.toml"
@@ -85,6 +91,22 @@ def test_integer_is_read_as_a_float(tmp_path):
             "[data]\nsource = 'criteo-kaggle'\nvalidation_rows = 8000",
             "data.validation_rows is 8000, wanted: at least 0 and under train_rows, 8000",
         ),
+        (
+            "[data]\nsource = 'sequences'",
+            "model.kind is 'dlrm', wanted with data.source 'sequences': 'sasrec'",
+        ),
+        (
+            "[model]\nkind = 'sasrec'",
+            "model.kind is 'sasrec', wanted with data.source 'movielens': another",
+        ),
+        (
+            "data = {source = 'sequences'}\nmodel = {kind = 'sasrec', num_heads = 3}",
+            "model.num_heads is 3, wanted: a divisor of embedding_dim, 64",
+        ),
+        (
+            "data = {source = 'sequences'}\nmodel = {kind = 'sasrec', dropout = 1}",
+            "model.dropout is 1.0, wanted: at least 0 and under 1",
+        ),
         ("[train]\npatience = 1", "train.patience is 1, but data.source 'movielens' .* no valid"),
         ("[train]\nresume = true", "train.resume is set but checkpoint.folder is empty"),
         ("[train", "run.toml: this is not TOML"),
@@ -139,6 +161,7 @@ SECTIONS = [
     Config(data=CriteoConfig(), model=DeepFMConfig()),
     Config(data=MovieLensConfig(), model=DLRMConfig()),
     Config(data=MovieLensConfig(), model=ProjectionConfig()),
+    Config(data=SequencesConfig(), model=SASRecConfig()),
 ]
 """Every class of a section, at least once."""
 
@@ -185,7 +208,7 @@ def another(value: object) -> object:
     return kinds.get(type(value), lambda: OTHER.get(value, "other"))()
 
 
-OTHER = {"mean": "sum", "vectors": "scalars"}
+OTHER = {"mean": "sum", "vectors": "scalars", "rowwise_adagrad": "adam"}
 
 
 @pytest.mark.parametrize("config", SECTIONS)
@@ -199,8 +222,10 @@ def test_help_lists_and_explains_every_field(command, config, capsys):
     assert ended.value.code == 0
     assert all("--" + name.replace("_", "-") in text for name in names)
     explained = {"movielens": "Most movies in a bag of liked or disliked ones, the latest."}
-    assert explained.get(config.data.source, "Rows held out, those that follow.") in text
-    assert "Columns of every embedding table." in text
+    explained["criteo-kaggle"] = "Rows held out, those that follow."
+    explained["sequences"] = "Most items of a user that the model reads, the latest."
+    assert explained[config.data.source] in text
+    assert "Stop after this many epochs without better" in text or command == "evaluate"
 
 
 def test_help_shows_the_values_of_the_file(tmp_path, capsys):

@@ -1,9 +1,61 @@
 """Metrics of ranking models: over a window and a lifetime, per task, over ranks."""
 
-from shardwise.metrics.functional import auc, calibration, log_loss, normalized_entropy
-from shardwise.metrics.metric_module import RecMetricModule
-from shardwise.metrics.ranking import AUCMetric, CalibrationMetric, CTRMetric, NEMetric
-from shardwise.metrics.rec_metric import RecMetric, RecTaskInfo
+from shardwise.metrics.averages import (
+    AverageMetric,
+    NumMissingLabelsMetric,
+    NumPositiveSamplesMetric,
+    OutputMetric,
+    ScalarMetric,
+    SumWeightsMetric,
+    TensorWeightedAvgMetric,
+    TowerQPSMetric,
+    WeightedAvgMetric,
+    WeightedSumPredictionsMetric,
+)
+from shardwise.metrics.click import (
+    AccuracyMetric,
+    CalibrationMetric,
+    CTRMetric,
+    MultiLabelPrecisionMetric,
+    NEMetric,
+    PrecisionMetric,
+    RecallMetric,
+    SegmentedNEMetric,
+)
+from shardwise.metrics.functional import (
+    auc,
+    auprc,
+    calibration,
+    log_loss,
+    normalized_entropy,
+    xauc,
+)
+from shardwise.metrics.metric_module import RecMetricModule, generate_metric_module
+from shardwise.metrics.metrics_config import (
+    BatchSizeStage,
+    DefaultMetricsConfig,
+    DefaultTaskInfo,
+    MetricsConfig,
+    RecComputeMode,
+    RecMetricDef,
+    RecMetricEnum,
+    RecTaskInfo,
+    SessionMetricDef,
+    StateMetric,
+    StateMetricEnum,
+    ThroughputDef,
+)
+from shardwise.metrics.ranking import (
+    AUCMetric,
+    AUPRCMetric,
+    GAUCMetric,
+    MulticlassRecallMetric,
+    NDCGMetric,
+    PrecisionSessionMetric,
+    RecallSessionMetric,
+)
+from shardwise.metrics.rec_metric import RecMetric
+from shardwise.metrics.regression import MAEMetric, MSEMetric, NMSEMetric, XAUCMetric
 from shardwise.metrics.retrieval import (
     RetrievalMetrics,
     hit_rate_at,
@@ -12,18 +64,58 @@ from shardwise.metrics.retrieval import (
     recall_at,
     reciprocal_rank,
 )
+from shardwise.metrics.throughput import ThroughputMetric
 
 __all__ = [
     "AUCMetric",
+    "AUPRCMetric",
+    "AccuracyMetric",
+    "AverageMetric",
+    "BatchSizeStage",
     "CTRMetric",
     "CalibrationMetric",
+    "DefaultMetricsConfig",
+    "DefaultTaskInfo",
+    "GAUCMetric",
+    "MAEMetric",
+    "MSEMetric",
+    "MetricsConfig",
+    "MultiLabelPrecisionMetric",
+    "MulticlassRecallMetric",
+    "NDCGMetric",
     "NEMetric",
+    "NMSEMetric",
+    "NumMissingLabelsMetric",
+    "NumPositiveSamplesMetric",
+    "OutputMetric",
+    "PrecisionMetric",
+    "PrecisionSessionMetric",
+    "RecComputeMode",
     "RecMetric",
+    "RecMetricDef",
+    "RecMetricEnum",
     "RecMetricModule",
     "RecTaskInfo",
+    "RecallMetric",
+    "RecallSessionMetric",
     "RetrievalMetrics",
+    "ScalarMetric",
+    "SegmentedNEMetric",
+    "SessionMetricDef",
+    "StateMetric",
+    "StateMetricEnum",
+    "SumWeightsMetric",
+    "TensorWeightedAvgMetric",
+    "ThroughputDef",
+    "ThroughputMetric",
+    "TowerQPSMetric",
+    "WeightedAvgMetric",
+    "WeightedSumPredictionsMetric",
+    "XAUCMetric",
     "auc",
+    "auprc",
     "calibration",
+    "generate_metric_module",
     "hit_rate_at",
     "log_loss",
     "ndcg_at",
@@ -31,4 +123,5 @@ __all__ = [
     "rank_relevant",
     "recall_at",
     "reciprocal_rank",
+    "xauc",
 ]

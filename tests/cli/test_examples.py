@@ -1,7 +1,12 @@
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
+
+pytest.importorskip("tyro")  # the extra is there as a whole or not
+
+from shardwise.cli.settings import read_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -15,3 +20,8 @@ def test_quickstart_lowers_its_own_loss():
         loss.backward()
         names["optimizer"].step()
     assert loss.item() < before
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_shown_can_be_read(path):
+    assert read_config(path).train.seed == 0

@@ -86,8 +86,8 @@ class LogConfig:
     """
 
     tensorboard: str = ""
-    every_steps: int = 20
-    window: int = 10_000
+    every_steps: int = 100
+    window: int = 5_000
 
     def __post_init__(self) -> None:
         """Check each field."""

@@ -48,8 +48,8 @@ def test_batch_survives_pickling():
 
 
 def test_whole_batch_is_valid():
-    batch().validate(["x", "y"])
-    batch(labels=((0.0, 1.0), (1.0, 1.0))).validate()
+    assert batch().validate(["x", "y"]) is None
+    assert batch(labels=((0.0, 1.0), (1.0, 1.0))).validate() is None
 
 
 NAN, INF = float("nan"), float("inf")

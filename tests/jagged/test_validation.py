@@ -24,10 +24,10 @@ def variable(rows: list[list[int]], keys: list[str]) -> dict[str, object]:
 
 
 def test_good_input_passes() -> None:
-    keyed(weights=torch.ones(4)).validate()
-    keyed(lengths=None, offsets=torch.tensor([0, 1, 3, 3, 4])).validate()
-    keyed(**variable([[0, 1, 1], [1, 0, 0]], ["b", "a"])).validate()
-    KeyedJaggedTensor.empty().validate()
+    assert keyed(weights=torch.ones(4)).validate() is None
+    assert keyed(lengths=None, offsets=torch.tensor([0, 1, 3, 3, 4])).validate() is None
+    assert keyed(**variable([[0, 1, 1], [1, 0, 0]], ["b", "a"])).validate() is None
+    assert KeyedJaggedTensor.empty().validate() is None
 
 
 @pytest.mark.parametrize(

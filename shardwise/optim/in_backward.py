@@ -7,7 +7,7 @@ module finds such collections in a model, and holds the learning rate and the st
 import importlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -20,19 +20,67 @@ from shardwise.optim.rules import BoundRule, bind_rule
 When = Literal["backward", "step"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Binding:
     """A rule bound to some tables of one collection.
 
+    Parts of tables may come and go (a collection is sharded after its rule was bound); the
+    collection then fills the fields anew and calls `changed`.
+
     Attributes:
+        rule: The rule and its numbers.
         update: The rule with its state, as the lookup runs it.
-        parameters: The tables by parameter name within the collection, in the update's order.
-        states: By parameter name, the rule's state by its name, `step` among it.
+        parameters: The local parts of the tables, by parameter name within the collection, in the
+            update's order.
+        states: Per table, under the name of its first part, the rule's state by its name, `step`
+            among it, each of the whole table's shape.
+        first_parts: Per part, the position of the first part of its table.
+        members: What the optimizer knows of all its bindings.
     """
 
+    rule: BoundRule
     update: Update
-    parameters: dict[str, nn.Parameter]
-    states: dict[str, dict[str, Tensor]]
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    first_parts: list[int] = field(default_factory=list)
+    members: "Members | None" = None
+
+    def changed(self) -> None:
+        """Tell the optimizer, if there is one, that the fields were filled anew."""
+        if self.members is not None:
+            self.members.gather()
+
+
+class Members:
+    """The parameters and states of an optimizer's bindings, in containers that stay the same.
+
+    Attributes:
+        bindings: By the name of their module.
+        params: Each table's first part by name.
+        state: The state of a table, by its first part.
+        parts: All parts.
+    """
+
+    def __init__(self, bindings: Mapping[str, Binding]) -> None:
+        """Gather the members, now and at each change of a binding."""
+        self.bindings = dict(bindings)
+        self.params: dict[str, Tensor] = {}
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.parts: list[Tensor] = []
+        for binding in self.bindings.values():
+            binding.members = self
+        self.gather()
+
+    def gather(self) -> None:
+        """Fill the containers from the bindings."""
+        for container in (self.params, self.state, self.parts):
+            container.clear()
+        for path, binding in self.bindings.items():
+            self.parts.extend(binding.parameters.values())
+            for name, state in binding.states.items():
+                parameter = binding.parameters[name]
+                self.params[f"{path}.{name}" if path else name] = parameter
+                self.state[parameter] = state
 
 
 @runtime_checkable
@@ -71,18 +119,12 @@ class TableOptimizer(FusedOptimizer):
 
     def __init__(self, bindings: Mapping[str, Binding], rule: BoundRule, lr: Tensor) -> None:
         """Gather bindings, by the name of their module, that share one rule and one `lr`."""
-        self._bindings = dict(bindings)
         self._lr = lr
-        params: dict[str, Tensor] = {}
-        state: dict[Tensor, dict[str, Tensor]] = {}
-        for path, binding in self._bindings.items():
-            for name, parameter in binding.parameters.items():
-                params[f"{path}.{name}" if path else name] = parameter
-                state[parameter] = binding.states[name]
-        group = {"params": list(params.values()), "lr": rule.lr, "rule": rule.rule.name}
+        self._members = members = Members(bindings)
+        group = {"params": members.parts, "lr": rule.lr, "rule": rule.rule.name}
         group |= {name: getattr(rule.settings, name) for name in rule.rule.settings}
         group["weight_decay"] = rule.settings.weight_decay
-        super().__init__(params, state, [group])
+        super().__init__(members.params, members.state, [group])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -92,7 +134,7 @@ class TableOptimizer(FusedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._push_lr()
-        for binding in self._bindings.values():
+        for binding in self._members.bindings.values():
             if not binding.update.in_backward:
                 _run(binding)
         return loss
@@ -100,9 +142,15 @@ class TableOptimizer(FusedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Hand over the learning rate and drop the gradients."""
         self._push_lr()
-        for binding in self._bindings.values():
+        for binding in self._members.bindings.values():
             for parameter in binding.parameters.values():
                 parameter.grad = None
+
+    def post_load_state_dict(self) -> None:
+        """Let all parts of a table count the loaded number of steps."""
+        for binding in self._members.bindings.values():
+            steps = binding.update.steps
+            steps.copy_(steps[binding.first_parts])
 
     def _push_lr(self) -> None:
         self._lr.fill_(float(self.param_groups[0]["lr"]))

@@ -5,7 +5,8 @@ How such optimizers are made from PyTorch's, joined and wrapped is in `optim.wra
 
 import abc
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ class KeyedOptimizer(torch.optim.Optimizer):
     A subclass gives `step`; it may give `post_load_state_dict`.
 
     Args:
-        params: Each parameter by name.
+        params: Each parameter by name, seen live; names that are added here stay here.
         state: The state of each parameter by tensor, seen live.
         param_groups: As PyTorch's. A list is kept, not copied, so that a scheduler's changes reach
             whoever else holds it.
@@ -39,7 +40,7 @@ class KeyedOptimizer(torch.optim.Optimizer):
         param_groups: Collection[Mapping[str, Any]],
     ) -> None:
         """Name the parameters of a state and of groups made elsewhere."""
-        self.params: dict[str, Tensor] = dict(params)
+        self.params: MutableMapping[str, Tensor] = ChainMap({}, cast(Any, params))
         self._saves_param_groups = False
         names = self._names()
         in_groups = [param for group in param_groups for param in group["params"]]
@@ -218,11 +219,18 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _group_names(names: Mapping[Tensor, str], group: Mapping[str, Any]) -> list[str]:
-    return sorted(names[param] for param in group["params"])
+    return sorted(names[param] for param in group["params"] if not _is_further_part(param))
+
+
+def _is_further_part(param: Any) -> bool:
+    """Whether a parameter is a slice of a table that has an earlier slice, and name, here."""
+    return getattr(param, "is_further_part", False)
 
 
 def _check_named(names: Mapping[Tensor, str], tensors: Iterable[Any], where: str) -> None:
     for tensor in tensors:
+        if _is_further_part(tensor):
+            continue
         if not isinstance(tensor, Tensor) or tensor not in names:
             what = f"tensor {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
             raise ValueError(f"{where}: {what} is none of the parameters {list(names.values())}")

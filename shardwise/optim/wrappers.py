@@ -4,6 +4,7 @@ All of them look at the state and groups of what they wrap instead of copying, s
 saves and loads everything, and schedulers may hold any of them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class KeyedOptimizerWrapper(KeyedOptimizer):
     ) -> None:
         """Make the optimizer."""
         self._optimizer = optim_factory(list(params.values()))
-        super().__init__(params, self._optimizer.state, self._optimizer.param_groups)
+        super().__init__(dict(params), self._optimizer.state, self._optimizer.param_groups)
         self.defaults = self._optimizer.defaults
 
     def step(self, closure: Closure | None = None) -> Any:
@@ -93,19 +94,16 @@ class CombinedOptimizer(KeyedOptimizer):
         """Join optimizers."""
         pairs = [part if isinstance(part, tuple) else ("", part) for part in optims]
         self._optims = [(prefix, _checked(part, "CombinedOptimizer")) for prefix, part in pairs]
-        params: dict[str, Tensor] = {}
-        for prefix, part in self._optims:
-            for name, param in part.params.items():
-                full_name = _join(prefix, name)
-                if full_name in params:
-                    raise ValueError(
-                        f"CombinedOptimizer: two optimizers have a parameter {full_name!r}; "
-                        "give one of them a prefix: (prefix, optimizer)"
-                    )
-                params[full_name] = param
+        names = [_join(prefix, name) for prefix, part in self._optims for name in part.params]
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(
+                f"CombinedOptimizer: two optimizers have a parameter {repeated[0]!r}; "
+                "give one of them a prefix: (prefix, optimizer)"
+            )
         parts = [part for _, part in self._optims]
         groups = [group for part in parts for group in part.param_groups]
-        super().__init__(params, MergedState([part.state for part in parts]), groups)
+        state = MergedState([part.state for part in parts])
+        super().__init__(MergedParams(self._optims), state, groups)
         self._saves_param_groups = any(part._saves_param_groups for part in parts)
 
     @property
@@ -183,6 +181,36 @@ class MergedState(Mapping[Tensor, Any]):
     def __len__(self) -> int:
         """Count the parameters that have a state."""
         return sum(len(state) for state in self._states)
+
+
+class MergedParams(Mapping[str, Tensor]):
+    """The parameters of several optimizers as one, seen live.
+
+    Args:
+        optims: (prefix, optimizer).
+    """
+
+    def __init__(self, optims: Sequence[tuple[str, KeyedOptimizer]]) -> None:
+        """Look at parameters, each of another full name."""
+        self._optims = optims
+
+    def __getitem__(self, full_name: str) -> Tensor:
+        """Give the parameter of a name."""
+        for prefix, part in self._optims:
+            name = full_name.removeprefix(_join(prefix, ""))
+            if _join(prefix, name) == full_name and name in part.params:
+                return part.params[name]
+        raise KeyError(full_name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the full names."""
+        for prefix, part in self._optims:
+            for name in part.params:
+                yield _join(prefix, name)
+
+    def __len__(self) -> int:
+        """Count the parameters."""
+        return sum(len(part.params) for _, part in self._optims)
 
 
 def _join(prefix: str, name: str) -> str:

@@ -3,27 +3,22 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from shardwise.jagged import KeyedJaggedTensor
-from shardwise.ops.lookup import (
-    BadIds,
-    Ids,
-    Pooling,
-    Update,
-    count_bad_ids,
-    lookup,
-    plan_backward,
-    restrict,
-)
+from shardwise.ops.lookup import BadIds, Ids, Pooling, count_bad_ids
 from shardwise.optim.in_backward import Binding, TableOptimizer, read_tags
 from shardwise.optim.rules import BoundRule, bind_rule
 from shardwise.tables.configs import BaseEmbeddingConfig, check_config
-from shardwise.tables.store import Store, allocate
+from shardwise.tables.layout import Layout, OneProcess
+from shardwise.tables.parts import Parts
+from shardwise.tables.store import Store
 
 _NO_TENSOR = torch.empty(0)
+_NO_WIDTH = torch.tensor([1, 1, 1, 0])
 _EQUAL_BAGS = torch.empty(0, dtype=torch.int64)
 _BAD_ID = re.compile(r"feature (\d+), bag (\d+): id (-?\d+) is outside table (\d+) of (\d+) rows")
 
@@ -59,9 +54,9 @@ def list_outputs(configs: Sequence[BaseEmbeddingConfig]) -> list[Output]:
 
 
 class TableCollection(nn.Module):
-    """Tables with the features that read them. `stores` keeps one `Store` per table.
+    """Tables with the features that read them.
 
-    The name under which a subclass registers `stores` is part of the parameters' names.
+    The name under which a subclass registers its stores is part of the parameters' names.
     """
 
     stores_name: str
@@ -85,12 +80,6 @@ class TableCollection(nn.Module):
         self._configs = list(configs)
         self._bad_ids = bad_ids
         self._device = torch.device(device) if device is not None else torch.get_default_device()
-        stores = [Store(config, key, self._device) for key, config in enumerate(configs)]
-        self.add_module(
-            self.stores_name,
-            nn.ModuleDict({config.name: s for config, s in zip(configs, stores, strict=True)}),
-        )
-        self._stores = stores
         self._outputs = outputs
         self._input_names = list(dict.fromkeys(output.feature for output in outputs))
         self._input_of_output = [self._input_names.index(output.feature) for output in outputs]
@@ -104,25 +93,48 @@ class TableCollection(nn.Module):
         ).view(-1, 4)
         ignored = torch.zeros(len(outputs), dtype=torch.int64, device="cpu")
         self.register_buffer("_ignored", ignored, persistent=False)
-        self._updates: list[Update] = []
+        # What bad ids are counted against, wherever the rows lie: whole tables without columns.
+        self._row_ranges = [torch.empty(config.num_embeddings, 0) for config in configs]
         self._fused_optimizers: list[TableOptimizer] = []
-        self._is_sparse = sparse
-        self._way = plan_backward(self._features, len(stores), is_sparse=sparse)
         self._has_read_tags = False
-        for store in stores:
-            vars(store.weight)["is_table"] = True  # for `apply_optimizer_in_backward`
+        stores = [Store(config, key, self._device) for key, config in enumerate(configs)]
+        layout = OneProcess(self._features, len(stores))
+        self._parts = Parts(stores, layout, prefix=self.stores_name, is_sparse=sparse)
+        self._register_parts()
         self.reset_parameters()
+
+    def _register_parts(self) -> None:
+        """Make a table's first part its module, and the further ones modules within that."""
+        firsts: dict[int, Store] = {}
+        for store in self._parts.stores:
+            first = firsts.setdefault(store.key, store)
+            if first is not store:
+                first.add_module(str(len(first._modules) + 1), store)
+        modules = {config.name: firsts[key] for key, config in enumerate(self._configs)}
+        self.add_module(self.stores_name, nn.ModuleDict(modules))
 
     def reset_parameters(self) -> None:
         """Draw the tables' start anew, from a seed of PyTorch's default generator."""
         seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-        for store in self._stores:
+        seed = self._parts.layout.agree(seed)
+        for store in self._parts.stores:
             store.fill(seed)
+
+    def move(self, stores: Sequence[Store], layout: Layout) -> None:
+        """Hold parts in the place of whole tables from now on; rules go along.
+
+        Args:
+            stores: The parts that lie here, with their rows filled; at least one of each table.
+            layout: What looks them up.
+        """
+        self._parts.move(stores, layout)
+        self._register_parts()
 
     @property
     def device(self) -> torch.device:
         """Where the tables lie."""
-        return self._stores[0].weight.device if self._stores else self._device
+        stores = self._parts.stores
+        return stores[0].weight.device if stores else self._device
 
     @property
     def num_ignored_ids(self) -> dict[str, int]:
@@ -134,7 +146,8 @@ class TableCollection(nn.Module):
 
     def table_parameters(self) -> dict[str, nn.Parameter]:
         """The tables' parameters, by their name in the collection."""
-        return {f"{self.stores_name}.{s.config.name}.weight": s.weight for s in self._stores}
+        pairs = zip(self._parts.names, self._parts.stores, strict=True)
+        return {name: store.weight for name, store in pairs}
 
     def bind_rule(
         self, rule: BoundRule, lr: Tensor, *, in_backward: bool, parameters: Iterable[str]
@@ -144,39 +157,8 @@ class TableCollection(nn.Module):
         Raises:
             ValueError: A table has a rule already.
         """
-        names = list(self.table_parameters())
-        tables = tuple(sorted(names.index(parameter) for parameter in parameters))
-        owned = {table for update in self._updates for table in update.tables}
-        for table in tables:
-            if table in owned:
-                name = self._configs[table].name
-                raise ValueError(f"table {name!r} has an update rule already; it can have one")
-        stores = [self._stores[table] for table in tables]
-        steps = torch.zeros(len(tables), dtype=torch.int64)
-        update = Update(
-            rule=rule.rule,
-            settings=rule.settings,
-            tables=tables,
-            features=restrict(self._features, tables),
-            states=[state for store in stores for state in _make_states(store, rule)],
-            steps=steps,
-            slots=torch.tensor([store.slot for store in stores], dtype=torch.int64),
-            lr=lr,
-            seed=_draw_seed() if rule.rounds_stochastically else -1,
-            in_backward=in_backward,
-        )
-        self._updates.append(update)
-        self._way = plan_backward(
-            self._features, len(self._stores), self._updates, is_sparse=self._is_sparse
-        )
         self._has_read_tags = True
-        return Binding(
-            update=update,
-            parameters={names[t]: self._stores[t].weight for t in tables},
-            states={
-                names[t]: {**self._stores[t].states, "step": steps[i]} for i, t in enumerate(tables)
-            },
-        )
+        return self._parts.bind(rule, lr, in_backward=in_backward, parameters=parameters)
 
     def bind_tagged(self) -> None:
         """Bind the rules that parameters are tagged with; `fused_optimizers` holds their state."""
@@ -248,17 +230,15 @@ class TableCollection(nn.Module):
             columns,
             self._bad_ids,
         )
-        tables = [store.weight for store in self._stores]
         if self._bad_ids == BadIds.IGNORE:
-            self.get_buffer("_ignored").add_(count_bad_ids(tables, call, shape))
-        if torch.compiler.is_compiling():
-            return lookup(tables, call, shape, way=self._way)
-        try:
-            return lookup(tables, call, shape, way=self._way)
-        except RuntimeError as error:
-            raise self._explain(error, features) from None
+            narrow = call._replace(features=self._features * _NO_WIDTH)
+            counts = count_bad_ids(self._row_ranges, narrow, (shape[0], 0))
+            self.get_buffer("_ignored").add_(counts)
+        tables = [store.weight for store in self._parts.stores]
+        explain = partial(self._explain, features)
+        return self._parts.layout.look_up(call, shape, tables, self._parts.way, explain)
 
-    def _explain(self, error: RuntimeError, features: KeyedJaggedTensor) -> Exception:
+    def _explain(self, features: KeyedJaggedTensor, error: RuntimeError) -> Exception:
         found = _BAD_ID.search(str(error))
         if found:
             output, bag, bad_id, table, rows = map(int, found.groups())
@@ -270,17 +250,3 @@ class TableCollection(nn.Module):
             )
         features.validate()  # names the key and the sample
         return ValueError(str(error))
-
-
-def _make_states(store: Store, rule: BoundRule) -> list[Tensor]:
-    """Allocate what a rule keeps for a table, and note it in the store."""
-    rows, width = store.weight.shape
-    for name, shape in rule.rule.states:
-        size = (rows,) if shape == "row" else (rows, width)
-        state = allocate(size, torch.float32, store.weight.device)
-        store.states[name] = state.fill_(rule.initial_state if name == "sum" else 0.0)
-    return [store.states[name] for name, _ in rule.rule.states]
-
-
-def _draw_seed() -> int:
-    return int(torch.randint(2**62, (), device="cpu"))

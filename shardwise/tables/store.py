@@ -1,5 +1,6 @@
 """The rows of a table and what an optimizer keeps for them: the unit that is placed and saved."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from shardwise.tables.configs import BaseEmbeddingConfig
 
 BLOCK_ROWS = 65_536
 """Rows that are drawn from one generator when a table starts."""
+
+PIECE_ELEMENTS = 2**22
+"""Elements that are drawn at a time, so that a start needs little memory beside the rows."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,14 @@ class Store(nn.Module):
         """What the update operators know of the part: key, first row, first column, full width."""
         return self.key, self.part.first_row, self.part.first_column, self.config.embedding_dim
 
+    def cut(self, value: Tensor) -> Tensor:
+        """View the part's own of a value of the whole table: [rows] or [rows, columns]."""
+        part = self.part
+        rows = value[part.first_row : part.first_row + part.num_rows]
+        if value.dim() == 1:
+            return rows
+        return rows[:, part.first_column : part.first_column + part.num_columns]
+
     def extra_repr(self) -> str:
         """Show the size in `print(module)`."""
         rows, columns = self.weight.shape
@@ -80,32 +92,36 @@ class Store(nn.Module):
         """
         if self.weight.is_meta:
             return
-        part, width = self.part, self.config.embedding_dim
+        part = self.part
         last_row = part.first_row + part.num_rows
         for block in range(part.first_row // BLOCK_ROWS, -(-last_row // BLOCK_ROWS)):
-            start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, last_row)
-            first = max(start, part.first_row)
-            rows = torch.empty(self._block_rows(block), width, device=self.weight.device)
-            self._draw(rows, _mix_seed(seed, self.key, block))
             columns = slice(part.first_column, part.first_column + part.num_columns)
-            own = rows[first - start : stop - start, columns]
-            self.weight[first - part.first_row : stop - part.first_row].copy_(own)
+            for drawn, rows in self._draw(block, seed):
+                first, last = max(drawn, part.first_row), min(drawn + rows.shape[0], last_row)
+                if first < last:
+                    own = rows[first - drawn : last - drawn, columns]
+                    self.weight[first - part.first_row : last - part.first_row].copy_(own)
 
-    def _block_rows(self, block: int) -> int:
-        return min(BLOCK_ROWS, self.config.num_embeddings - block * BLOCK_ROWS)
-
-    def _draw(self, rows: Tensor, seed: int) -> None:
-        if self.config.init_fn is None:
-            generator = torch.Generator(rows.device).manual_seed(seed)
-            low, high = self.config.get_weight_init_min(), self.config.get_weight_init_max()
-            rows.uniform_(low, high, generator=generator)
+    def _draw(self, block: int, seed: int) -> Iterator[tuple[int, Tensor]]:
+        """Draw the whole rows of a block, in pieces with the number of their first row."""
+        width, device = self.config.embedding_dim, self.weight.device
+        start = block * BLOCK_ROWS
+        stop = min(start + BLOCK_ROWS, self.config.num_embeddings)
+        seed = _mix_seed(seed, self.key, block)
+        if self.config.init_fn is not None:
+            rows = torch.empty(stop - start, width, device=device)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                filled = self.config.init_fn(rows)
+            # A function may give a new tensor.
+            yield start, rows if filled is None else filled.view_as(rows)
             return
-        devices = [rows.device] if rows.is_cuda else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            filled = self.config.init_fn(rows)
-        if filled is not None and filled is not rows:  # a function that gives a new tensor
-            rows.copy_(filled)
+        generator = torch.Generator(device).manual_seed(seed)
+        low, high = self.config.get_weight_init_min(), self.config.get_weight_init_max()
+        piece_rows = max(1, PIECE_ELEMENTS // width)
+        for first in range(start, stop, piece_rows):
+            rows = torch.empty(min(piece_rows, stop - first), width, device=device)
+            yield first, rows.uniform_(low, high, generator=generator)
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:

@@ -8,6 +8,7 @@ Parts, lowest first: a part imports only parts above it in this list.
     tables     table configs and embedding collections
     nn         dense blocks, cross nets, factorization machine
     models     DLRM and its variants, DeepFM, two towers
+    sharding   tables over many ranks: placements, plans, the exchange
     metrics    normalized entropy, calibration, AUC; windowed and lifetime
     data       batches, data sets, preprocessing
     cli        the `shardwise` command

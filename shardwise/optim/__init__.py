@@ -22,6 +22,7 @@ from shardwise.optim.placeholders import (
     PartialRowWiseLAMB,
 )
 from shardwise.optim.rowwise_adagrad import RowWiseAdagrad
+from shardwise.optim.scaling import GradScaler
 from shardwise.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 from shardwise.optim.wrappers import CombinedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
 
@@ -33,6 +34,7 @@ __all__ = [
     "CombinedOptimizer",
     "FusedOptimizer",
     "FusedOptimizerModule",
+    "GradScaler",
     "GradientClipping",
     "GradientClippingOptimizer",
     "KeyedOptimizer",

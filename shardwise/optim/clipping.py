@@ -1,12 +1,14 @@
 """Gradient clipping that knows row-sparse gradients and parameters that lie on several ranks.
 
-The norm is over all ranks: for parameters that lie in slices on a process group, each rank adds up
-its slices and one number per set of groups is summed over it. Others are counted once.
+The norm is over all ranks: of parameters that lie in slices, each rank adds up its slices and one
+number per set of ranks is summed over these. Others are counted once. Slices of sharded tables are
+known by a note on the parameter; for others the process groups must be given.
 """
 
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from shardwise.optim.keyed import KeyedOptimizer
+from shardwise.optim.slices import Ranks, owner_of
 from shardwise.optim.wrappers import OptimizerWrapper
 
 Groups = Mapping[Tensor, Sequence[dist.ProcessGroup]]
@@ -98,8 +101,9 @@ def clip_grad_norm_(
         max_norm: The largest norm.
         norm_type: Of which norm; may be infinity.
         groups: For parameters of which each rank holds a slice, the process groups to sum over, one
-            after the other. Others are taken to be equal on all ranks. With groups, every rank must
-            call this, with the parameters in the same order, those without a gradient included.
+            after the other; sharded tables need none. Others are taken to be equal on all ranks.
+            Where there are slices, every rank must call this, with the parameters in the same
+            order, those without a gradient included.
 
     Returns:
         The norm before clipping, in float32 or wider, on the device of the first parameter.
@@ -111,10 +115,11 @@ def clip_grad_norm_(
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not params:
         return torch.zeros(())
-    buckets: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    buckets: dict[tuple[Any, ...], list[Tensor]] = {}
     for param in params:
-        owners = () if groups is None else tuple(groups.get(param, ()))
-        buckets.setdefault(owners, []).append(param)
+        owner = owner_of(param)
+        owners = () if groups is None else tuple(map(_Group, groups.get(param, ())))
+        buckets.setdefault(owners or ((owner.ranks,) if owner else ()), []).append(param)
     device = params[0].device
     norms = [_bucket_norm(bucket, norm_type, owners) for owners, bucket in buckets.items()]
     norm = _norm([part.to(device) for part in norms], norm_type)
@@ -138,19 +143,30 @@ def _grads(params: Iterable[Tensor]) -> list[Tensor]:
     return [grad for grad in grads if grad.numel()]
 
 
-def _bucket_norm(
-    params: Sequence[Tensor], norm_type: float, owners: Sequence[dist.ProcessGroup]
-) -> Tensor:
+@dataclass(frozen=True)
+class _Group:
+    """A process group as `Ranks`."""
+
+    group: dist.ProcessGroup
+
+    def all_reduce(self, tensor: Tensor, *, op: Literal["sum", "max"], tag: str) -> Tensor:
+        kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        dist.all_reduce(tensor, kind, group=self.group)
+        return tensor
+
+
+def _bucket_norm(params: Sequence[Tensor], norm_type: float, owners: Sequence[Ranks]) -> Tensor:
     device = params[0].device
-    norms = [_grad_norm(grad, norm_type).to(device) for grad in _grads(params)]
+    counted = [p for p in params if (owner := owner_of(p)) is None or owner.is_counted]
+    norms = [_grad_norm(grad, norm_type).to(device) for grad in _grads(counted)]
     norm = _norm(norms, norm_type) if norms else torch.zeros((), device=device)
     if norm_type == float("inf"):
-        for owner in owners:
-            dist.all_reduce(norm, dist.ReduceOp.MAX, group=owner)
+        for ranks in owners:
+            norm = ranks.all_reduce(norm, op="max", tag="gradient norm")
         return norm
     power = norm**norm_type
-    for owner in owners:
-        dist.all_reduce(power, group=owner)
+    for ranks in owners:
+        power = ranks.all_reduce(power, op="sum", tag="gradient norm")
     return power ** (1 / norm_type) if owners else norm
 
 

@@ -19,7 +19,7 @@ from shardwise.tables.store import Store
 
 _NO_TENSOR = torch.empty(0)
 _NO_WIDTH = torch.tensor([1, 1, 1, 0])
-_EQUAL_BAGS = torch.empty(0, dtype=torch.int64)
+EQUAL_BAGS = torch.empty(0, dtype=torch.int64)
 _BAD_ID = re.compile(r"feature (\d+), bag (\d+): id (-?\d+) is outside table (\d+) of (\d+) rows")
 
 
@@ -31,6 +31,25 @@ class Output:
     feature: str
     table: int
     width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """An input as it is looked up.
+
+    Attributes:
+        features: In the collection's order.
+        shape: Of the lookup's result.
+        columns: Whether the result has a column block per output, or lies block after block.
+        bags: Samples per input [K, 1]; empty where all have as many.
+        weights: Per id, if rows are multiplied by weights.
+    """
+
+    features: KeyedJaggedTensor
+    shape: tuple[int, int]
+    columns: bool
+    bags: Tensor
+    weights: Tensor | None
 
 
 def list_outputs(configs: Sequence[BaseEmbeddingConfig]) -> list[Output]:
@@ -184,6 +203,15 @@ class TableCollection(nn.Module):
 
     # ---- lookup
 
+    def prepare(self, features: KeyedJaggedTensor) -> Prepared:
+        """Bring an input into the form in which it is looked up; subclasses say how.
+
+        Raises:
+            KeyError: A key is missing or unknown.
+            ValueError: Weights are missing, or samples of a variable batch do not line up.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how its input is looked up")
+
     def in_order(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """Give the input with the keys in the collection's order.
 
@@ -203,40 +231,42 @@ class TableCollection(nn.Module):
             )
         return features.permute([keys.index(name) for name in self._input_names])
 
-    def look_up(
-        self,
-        features: KeyedJaggedTensor,
-        shape: tuple[int, int],
-        *,
-        columns: bool,
-        bags: Tensor = _EQUAL_BAGS,
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        """Run the lookup of all tables on an input in the collection's order.
+    def prepare_on_all_ranks(self, features: KeyedJaggedTensor) -> Prepared:
+        """Prepare an input; an error of one rank is raised on all that share the tables."""
+        if not self._has_read_tags:
+            self.bind_tagged()
+        if torch.compiler.is_compiling():
+            return self.prepare(features)
+        try:
+            return self.prepare(features)
+        except Exception as error:
+            self._parts.layout.refuse(error)
+
+    def look_up(self, prepared: Prepared) -> Tensor:
+        """Run the lookup of all tables.
 
         Raises:
             IndexError: An id is outside its table; names feature, sample, id and table.
             ValueError: Lengths, values or weights contradict each other.
         """
-        if not self._has_read_tags:
-            self.bind_tagged()
+        features, weights = prepared.features, prepared.weights
         call = Ids(
             features.values().contiguous(),
             features.offsets(),
             _NO_TENSOR if weights is None else weights.float().contiguous(),
             weights is not None,
             self._features,
-            bags,
-            columns,
+            prepared.bags,
+            prepared.columns,
             self._bad_ids,
         )
         if self._bad_ids == BadIds.IGNORE:
             narrow = call._replace(features=self._features * _NO_WIDTH)
-            counts = count_bad_ids(self._row_ranges, narrow, (shape[0], 0))
+            counts = count_bad_ids(self._row_ranges, narrow, (prepared.shape[0], 0))
             self.get_buffer("_ignored").add_(counts)
         tables = [store.weight for store in self._parts.stores]
         explain = partial(self._explain, features)
-        return self._parts.layout.look_up(call, shape, tables, self._parts.way, explain)
+        return self._parts.layout.look_up(call, prepared.shape, tables, self._parts.way, explain)
 
     def _explain(self, features: KeyedJaggedTensor, error: RuntimeError) -> Exception:
         found = _BAD_ID.search(str(error))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from shardwise.jagged import KeyedJaggedTensor, KeyedTensor
 from shardwise.ops.lookup import BadIds, Pooling
-from shardwise.tables.collection import TableCollection
+from shardwise.tables.collection import EQUAL_BAGS, Prepared, TableCollection
 from shardwise.tables.configs import EmbeddingBagConfig, PoolingType
 
 
@@ -78,13 +78,29 @@ class EmbeddingBagCollection(TableCollection):
             IndexError: An id is outside its table.
             ValueError: Lengths, values or weights contradict each other, or weights are missing.
         """
+        prepared = self.prepare_on_all_ranks(features)
+        return self.finish(self.look_up(prepared), prepared)
+
+    def prepare(self, features: KeyedJaggedTensor) -> Prepared:
+        """Bring an input into the form in which it is looked up; see `forward`."""
         features = self.in_order(features)
         weights = self._weights(features)
-        if features.variable_stride_per_key():
-            values = self._forward_variable(features, weights)
-        else:
-            shape = (features.stride(), self._total_width)
-            values = self.look_up(features, shape, columns=True, weights=weights)
+        is_variable = features.variable_stride_per_key()
+        if is_variable and features.inverse_indices_or_none() is None:
+            self._check_lined_up(features)
+        shape, bags = (features.stride(), self._total_width), EQUAL_BAGS
+        if is_variable:
+            rows = [features.stride_per_key()[i] for i in self._input_of_output]
+            size = sum(n * width for n, width in zip(rows, self._output_widths, strict=True))
+            shape, bags = (size, 1), torch.tensor(features.stride_per_key())[:, None]
+        return Prepared(
+            features=features, shape=shape, columns=not is_variable, bags=bags, weights=weights
+        )
+
+    def finish(self, values: Float[Tensor, "rows width"], prepared: Prepared) -> KeyedTensor:
+        """Make the result of what was looked up."""
+        if not prepared.columns:
+            values = self._expand(values, prepared.features)
         return KeyedTensor(self._output_names, self._output_widths, values)
 
     def _weights(self, features: KeyedJaggedTensor) -> Tensor | None:
@@ -98,15 +114,22 @@ class EmbeddingBagCollection(TableCollection):
             )
         return weights
 
-    def _forward_variable(
-        self, features: KeyedJaggedTensor, weights: Tensor | None
+    def _check_lined_up(self, features: KeyedJaggedTensor) -> None:
+        counts = dict(zip(self._input_names, features.stride_per_key(), strict=True))
+        for feature, n in counts.items():
+            if n != max(counts.values()):
+                raise ValueError(
+                    f"feature {feature!r} has {n} samples, others {max(counts.values())}: a "
+                    f"variable batch needs inverse_indices to line its samples up"
+                )
+
+    def _expand(
+        self, flat: Float[Tensor, "N 1"], features: KeyedJaggedTensor
     ) -> Float[Tensor, "B D"]:
-        """Look up each key's own samples, then copy them to the samples that share them."""
+        """Copy each key's own samples to the samples that share them."""
         strides = features.stride_per_key()
         counts = [strides[i] for i in self._input_of_output]
         sizes = [n * output.width for n, output in zip(counts, self._outputs, strict=True)]
-        bags = torch.tensor(strides)[:, None]
-        flat = self.look_up(features, (sum(sizes), 1), columns=False, bags=bags, weights=weights)
         inverse = features.inverse_indices_or_none()
         columns = []
         for output, n, block in zip(self._outputs, counts, flat.view(-1).split(sizes), strict=True):
@@ -114,10 +137,5 @@ class EmbeddingBagCollection(TableCollection):
             if inverse is not None:
                 keys, indices = inverse
                 rows = rows[indices[keys.index(output.feature)].long()]
-            elif n != max(counts):
-                raise ValueError(
-                    f"feature {output.feature!r} has {n} samples, others {max(counts)}: a variable "
-                    f"batch needs inverse_indices to line its samples up"
-                )
             columns.append(rows)
         return torch.cat(columns, dim=1)

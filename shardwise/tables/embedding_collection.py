@@ -1,10 +1,12 @@
 """Tables read id by id: one vector per id, for sequences."""
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from shardwise.jagged import JaggedTensor, KeyedJaggedTensor
 from shardwise.ops.lookup import BadIds, Pooling
-from shardwise.tables.collection import TableCollection
+from shardwise.tables.collection import Prepared, TableCollection
 from shardwise.tables.configs import EmbeddingConfig
 
 
@@ -81,13 +83,21 @@ class EmbeddingCollection(TableCollection):
             IndexError: An id is outside its table.
             ValueError: Lengths and values contradict each other.
         """
+        prepared = self.prepare_on_all_ranks(features)
+        return self.finish(self.look_up(prepared), prepared)
+
+    def prepare(self, features: KeyedJaggedTensor) -> Prepared:
+        """Bring an input into the form in which it is looked up; see `forward`."""
         features = self.in_order(features)
         if self._has_shared:
             features = features.permute(self._input_of_output)
-        ids = features.values()
         bags = torch.tensor(features.stride_per_key())[:, None]
-        shape = (ids.shape[0], self._embedding_dim)
-        values = self.look_up(features, shape, columns=False, bags=bags)
+        shape = (features.values().shape[0], self._embedding_dim)
+        return Prepared(features=features, shape=shape, columns=False, bags=bags, weights=None)
+
+    def finish(self, values: Float[Tensor, "V D"], prepared: Prepared) -> dict[str, JaggedTensor]:
+        """Make the result of what was looked up."""
+        features, ids = prepared.features, prepared.features.values()
         counts = features.length_per_key()
         result = {}
         lengths = features.lengths().view(-1).split(features.stride_per_key())

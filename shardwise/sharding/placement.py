@@ -6,7 +6,7 @@ of cells. Which sharding type, builder or person made the slices is gone by then
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Int64
@@ -73,13 +73,6 @@ class Placement:
     answer: Answer = "partials"
     relay: bool = True
 
-    def __post_init__(self) -> None:
-        """Check the way of answering."""
-        if self.answer not in get_args(Answer):
-            raise ValueError(
-                f"table {self.table!r}: answer {self.answer!r}; wants one of {get_args(Answer)}"
-            )
-
     @property
     def num_rows(self) -> int:
         """Rows of the table."""
@@ -101,26 +94,6 @@ class Placement:
             for j, cell in enumerate(row):
                 rows, columns = self.row_cuts[i : i + 2], self.column_cuts[j : j + 2]
                 yield Slice(self.table, (rows[0], rows[1]), (columns[0], columns[1]), cell)
-
-
-def place_slices(
-    table: str,
-    shape: tuple[int, int],
-    slices: Sequence[Slice],
-    *,
-    world_size: int,
-    answer: Answer = "partials",
-    relay: bool = True,
-) -> Placement:
-    """Bring slices that tile a table into the normal form; see `place`.
-
-    Raises:
-        ValueError: A slice is of another table, or as for `place`.
-    """
-    for one in slices:
-        if one.table != table:
-            raise ValueError(f"table {table!r}: got a slice of table {one.table!r}")
-    return place(table, shape, lines_of(slices), world_size=world_size, answer=answer, relay=relay)
 
 
 def lines_of(slices: Iterable[Slice]) -> Lines:

@@ -208,7 +208,7 @@ class ParameterSharding:
         return np.array([(*whole, rank) for rank in ranks], dtype=np.int64).reshape(-1, 5)
 
     def to_slices(self, config: BaseEmbeddingConfig, world_size: int) -> list[Slice]:
-        """Give the slices of a table, equal blocks as one with several ranks.
+        """Give the slices of a table: equal blocks as one with several ranks, empty ones not.
 
         Raises:
             ValueError: As for `to_lines`.
@@ -219,4 +219,5 @@ class ParameterSharding:
         return [
             Slice(config.name, (first, end), (left, right), tuple(holders))
             for (first, end, left, right), holders in ranks.items()
+            if first != end and left != right
         ]

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.sharding import Slice
+from shardwise import EmbeddingBagConfig
+from shardwise.sharding import (
+    EmbeddingModuleShardingPlan,
+    ParameterSharding,
+    ShardingPlan,
+    Slice,
+)
 from shardwise.sharding.placement import lines_of, place
 
 WORLD_SIZE = 5
@@ -78,6 +84,17 @@ def test_order_of_slices_and_further_cuts_do_not_matter(tiling, data):
     ]
     others = [other for other in slices if other is not one]
     assert cut(shape, halves + others) == cut(shape, slices)
+
+
+@given(tilings())
+def test_any_tiling_goes_through_json(tiling):
+    slices = [Slice("t", *block) for block in tiling[1]]
+    module = EmbeddingModuleShardingPlan(t=ParameterSharding.from_slices(slices))
+    plan = ShardingPlan.from_json(ShardingPlan({"m": module}).to_json())
+    assert plan == ShardingPlan({"m": module})
+    full = [s for s in slices if s.rows[0] < s.rows[1] and s.columns[0] < s.columns[1]]
+    config = EmbeddingBagConfig(*tiling[0], "t")
+    assert plan.plan["m"]["t"].to_slices(config, WORLD_SIZE) == full
 
 
 def test_brick_wall_is_cut_to_a_grid():

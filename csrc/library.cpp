@@ -24,6 +24,8 @@ constexpr Entry kCpuKernels[] = {
     {"permute_segments", cpu::permute_segments},
     {"regroup", cpu::regroup},
     {"regroup_grad", cpu::regroup_grad},
+    {"interaction", cpu::interaction},
+    {"interaction_grad", cpu::interaction_grad},
     {"lookup", cpu::lookup},
     {"count_bad_ids", cpu::count_bad_ids},
     {"update_", cpu::update_},

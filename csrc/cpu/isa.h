@@ -1,6 +1,7 @@
 // What is compiled once per instruction set: the inner loops over rows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../torch_abi.h"
@@ -119,6 +120,26 @@ struct RowRun {
   float* out;               // row_sums: [row, num_sums]; row_grads: [row, width]
 };
 
+// Samples of an interaction: their vectors, of which the first is the dense one, and the result.
+struct Interaction {
+  const float* dense;   // [samples, width]
+  const float* sparse;  // [samples, num_vectors - 1, width]
+  int64_t num_vectors, width;
+  int64_t first, last;  // samples
+  float* scratch;       // of scratch_size()
+  float* out;           // forward: [samples, num_columns()]
+  const float* grad;    // backward: of the same shape
+  float* dense_grad;
+  float* sparse_grad;
+
+  int64_t num_columns() const { return width + num_vectors * (num_vectors - 1) / 2; }
+  // Floats that a thread needs to lay out the vectors of a sample, or the gradient of their products.
+  int64_t scratch_size() const {
+    const int64_t columns = (num_vectors + 15) / 16 * 16;
+    return columns * (std::max(num_vectors, (width + 15) / 16 * 16) + 4);
+  }
+};
+
 struct IsaKernels {
   // These give the position of the first id that the policy refuses, or -1.
   int64_t (*pool)(const Pool&);
@@ -126,6 +147,8 @@ struct IsaKernels {
   void (*update)(const RowRun&, const RuleNumbers&);
   void (*row_sums)(const RowRun&, const RuleNumbers&);
   void (*row_grads)(const RowRun&);
+  void (*interact)(const Interaction&);
+  void (*interact_grad)(const Interaction&);
 };
 
 // The kernels for this machine, or those that SHARDWISE_OPS names (avx512, avx2, baseline).

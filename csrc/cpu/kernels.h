@@ -10,6 +10,8 @@ void offsets_from_lengths(StableIValue* stack, uint64_t, uint64_t);
 void permute_segments(StableIValue* stack, uint64_t, uint64_t);
 void regroup(StableIValue* stack, uint64_t, uint64_t);
 void regroup_grad(StableIValue* stack, uint64_t, uint64_t);
+void interaction(StableIValue* stack, uint64_t, uint64_t);
+void interaction_grad(StableIValue* stack, uint64_t, uint64_t);
 void lookup(StableIValue* stack, uint64_t, uint64_t);
 void count_bad_ids(StableIValue* stack, uint64_t, uint64_t);
 void update_(StableIValue* stack, uint64_t, uint64_t);

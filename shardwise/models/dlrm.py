@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shardwise.jagged import KeyedJaggedTensor
 from shardwise.models.loss import LabeledBatch, LossAndScores, binary_loss
 from shardwise.nn import MLP
-from shardwise.ops.regroup import Block, regroup
+from shardwise.ops.interaction import interaction as multiply_pairs
 from shardwise.tables import EmbeddingBagCollection
 from shardwise.tables.collection import list_outputs
 
@@ -110,13 +110,10 @@ class InteractionArch(nn.Module):
         Raises:
             ValueError: The number of sparse vectors, or their width, is another.
         """
-        num_sparse, width = self.num_sparse_features, dense_features.shape[1]
-        if num_sparse <= 0:
+        if self.num_sparse_features <= 0:
             return dense_features
-        check_vectors(self, num_sparse, dense_features, sparse_features)
-        vectors = torch.cat([dense_features.unsqueeze(1), sparse_features], dim=1)  # (B, F+1, D)
-        dots = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)  # (B, (F+1)²)
-        return regroup([dense_features, dots], [_above_diagonal(num_sparse, width)])[0]
+        check_vectors(self, self.num_sparse_features, dense_features, sparse_features)
+        return multiply_pairs(dense_features, sparse_features)
 
 
 def check_vectors(
@@ -136,13 +133,6 @@ def check_vectors(
             f"{type(interaction).__name__}: got {sparse_features.shape[1]} sparse vectors of width "
             f"{sparse_features.shape[2]}, wants {num_sparse} of the dense one's, {width}"
         )
-
-
-def _above_diagonal(num_sparse: int, width: int) -> list[Block]:
-    """List the dense vector, and what lies right of the diagonal in each row of the products."""
-    num_vectors = num_sparse + 1
-    rows = range(num_sparse)  # the last row has nothing there
-    return [(0, 0, width), *((1, i * num_vectors + i + 1, num_sparse - i) for i in rows)]
 
 
 def _dot_products(num_sparse: int, width: int) -> tuple[nn.Module, int]:
@@ -191,6 +181,7 @@ class DLRM(nn.Module):
         dense_device: Where the parameters lie, other than the tables'.
         interaction: Makes the interaction of F sparse vectors of width D, from (F, D): a module of
             dense [B, D] and sparse [B, F, D], and its number of columns; None is dot products.
+        compile_dense: Run all parts but the tables by `torch.compile`, made at their first use.
 
     Raises:
         ValueError: The widths do not fit together.
@@ -205,6 +196,7 @@ class DLRM(nn.Module):
         dense_device: torch.device | str | None = None,
         *,
         interaction: Callable[[int, int], tuple[nn.Module, int]] | None = None,
+        compile_dense: bool = False,
     ) -> None:
         """Make the dense parts."""
         super().__init__()
@@ -219,6 +211,9 @@ class DLRM(nn.Module):
         self.dense_arch = DenseArch(dense_in_features, dense_arch_layer_sizes, dense_device)
         self.inter_arch, num_columns = (interaction or _dot_products)(num_sparse, width)
         self.over_arch = OverArch(num_columns, over_arch_layer_sizes, dense_device)
+        if compile_dense:
+            for part in (self.dense_arch, self.inter_arch, self.over_arch):
+                part.compile()
 
     def forward(
         self, dense_features: Float[Tensor, "B dense"], sparse_features: KeyedJaggedTensor

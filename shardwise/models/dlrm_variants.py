@@ -97,6 +97,7 @@ class DLRM_DCN(DLRM):
         dcn_num_layers: Layers of the cross net.
         dcn_low_rank_dim: Rank of its matrices.
         dense_device: Where the parameters lie, the cross net's too, other than the tables'.
+        compile_dense: As in `DLRM`.
 
     Raises:
         ValueError: The widths do not fit together, or a number is not positive.
@@ -111,6 +112,8 @@ class DLRM_DCN(DLRM):
         dcn_num_layers: int,
         dcn_low_rank_dim: int,
         dense_device: torch.device | str | None = None,
+        *,
+        compile_dense: bool = False,
     ) -> None:
         """Make the dense parts."""
 
@@ -126,6 +129,7 @@ class DLRM_DCN(DLRM):
             over_arch_layer_sizes,
             dense_device,
             interaction=cross,
+            compile_dense=compile_dense,
         )
 
 
@@ -141,6 +145,7 @@ class DLRM_Projection(DLRM):
         interaction_branch1_layer_sizes: Widths of the first projection's layers; the last is F1 D.
         interaction_branch2_layer_sizes: Widths of the second projection's layers; the last is F2 D.
         dense_device: Where the parameters lie, other than the tables'.
+        compile_dense: As in `DLRM`.
 
     Raises:
         ValueError: The widths do not fit together.
@@ -155,6 +160,8 @@ class DLRM_Projection(DLRM):
         interaction_branch1_layer_sizes: list[int],
         interaction_branch2_layer_sizes: list[int],
         dense_device: torch.device | str | None = None,
+        *,
+        compile_dense: bool = False,
     ) -> None:
         """Make the dense parts."""
         sizes = interaction_branch1_layer_sizes, interaction_branch2_layer_sizes
@@ -173,6 +180,7 @@ class DLRM_Projection(DLRM):
             over_arch_layer_sizes,
             dense_device,
             interaction=project,
+            compile_dense=compile_dense,
         )
 
 

@@ -17,14 +17,14 @@ pytestmark = [
 KEYS = ["a", "b", "c"]
 
 
-def model() -> DLRM:
+def model(**options) -> DLRM:
     torch.manual_seed(0)
     tables = [
         EmbeddingBagConfig(50, 8, "a"),
         EmbeddingBagConfig(60, 8, "b"),
         EmbeddingBagConfig(20, 8, "c", feature_names=["c", "a"]),
     ]
-    return DLRM(EmbeddingBagCollection(tables), 5, [16, 8], [12, 1])
+    return DLRM(EmbeddingBagCollection(tables), 5, [16, 8], [12, 1], **options)
 
 
 def batch(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -52,6 +52,17 @@ def test_compiled_training_equals_eager(is_fused):
     step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     for ours, wanted in zip(train(step, compiled), train(eager, eager), strict=True):
         torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo asks
+def test_model_with_compiled_dense_parts_trains_as_the_eager_one():
+    eager, compiled = model(), model(compile_dense=True)
+    torch._dynamo.reset()
+    for ours, wanted in zip(train(compiled, compiled), train(eager, eager), strict=True):
+        torch.testing.assert_close(ours, wanted)
+    for ours, wanted in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, wanted.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ namespace shardwise::cpu::SHARDWISE_ISA {
 
 int64_t pool(const Pool& p);
 int64_t weight_dots(const Pool& p);
+void interact(const Interaction& p);
+void interact_grad(const Interaction& p);
 
 namespace {
 
@@ -169,6 +171,7 @@ void row_grads(const RowRun& run) {
 }  // namespace
 
 extern const IsaKernels kernels;
-const IsaKernels kernels = {pool, weight_dots, update, row_sums, row_grads};
+const IsaKernels kernels = {pool, weight_dots, update,   row_sums,
+                            row_grads, interact, interact_grad};
 
 }  // namespace shardwise::cpu::SHARDWISE_ISA

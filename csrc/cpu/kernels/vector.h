@@ -48,6 +48,7 @@ using Bits = Lanes<NativeBits>;
 template <typename Native, typename Op>
 SHARDWISE_INLINE Lanes<Native> each(Op op) {
   Lanes<Native> result;
+#pragma GCC unroll 4
   for (int i = 0; i < kParts; ++i) result.part[i] = op(i);
   return result;
 }
@@ -127,12 +128,17 @@ SHARDWISE_INLINE float sum(const Floats& x) {
 
 // ---- rows in memory
 
+// Part by part: as one piece the compiler moves 16 bytes at a time through the stack, which stalls.
 SHARDWISE_INLINE Floats load(const float* p) {
-  Floats result;
-  std::memcpy(&result, p, sizeof(result));
-  return result;
+  return each<NativeFloats>([&](int i) {
+    NativeFloats part;
+    std::memcpy(&part, p + i * kNative, sizeof(part));
+    return part;
+  });
 }
-SHARDWISE_INLINE void store(float* p, const Floats& x) { std::memcpy(p, &x, sizeof(x)); }
+SHARDWISE_INLINE void store(float* p, const Floats& x) {
+  for (int i = 0; i < kParts; ++i) std::memcpy(p + i * kNative, &x.part[i], sizeof(x.part[i]));
+}
 
 SHARDWISE_INLINE Bits load_shorts(const void* p) {
   return each<NativeBits>([&](int i) {

@@ -285,5 +285,10 @@ def in_backward_optimizer_filter(
     A parameter is owned when `in_backward` or `apply_optimizer_in_backward` has seen it.
     """
     for name, parameter in named_parameters:
-        if hasattr(parameter, "_optimizer_classes") == include:
+        if is_owned(parameter) == include:
             yield name, parameter
+
+
+def is_owned(parameter: nn.Parameter) -> bool:
+    """Whether an optimizer that runs in backward owns a parameter."""
+    return hasattr(parameter, "_optimizer_classes")

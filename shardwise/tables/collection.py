@@ -125,7 +125,7 @@ class TableCollection(nn.Module):
     def _register_parts(self) -> None:
         """Make a table's first part its module, and the further ones modules within that."""
         firsts: dict[int, Store] = {}
-        for store in self._parts.stores:
+        for store in self.stores:
             first = firsts.setdefault(store.key, store)
             if first is not store:
                 first.add_module(str(len(first._modules) + 1), store)
@@ -135,9 +135,9 @@ class TableCollection(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the tables' start anew, from a seed of PyTorch's default generator."""
         seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-        seed = self._parts.layout.agree(seed)
-        for store in self._parts.stores:
-            store.fill(seed)
+        self.seed = self.layout.agree(seed)
+        for store in self.stores:
+            store.fill(self.seed)
 
     def move(self, stores: Sequence[Store], layout: Layout) -> None:
         """Hold parts in the place of whole tables from now on; rules go along.
@@ -150,10 +150,24 @@ class TableCollection(nn.Module):
         self._register_parts()
 
     @property
+    def stores(self) -> list[Store]:
+        """The parts of the tables that lie here, in the order of the lookup."""
+        return self._parts.stores
+
+    @property
+    def layout(self) -> Layout:
+        """What looks the tables up."""
+        return self._parts.layout
+
+    @property
+    def features(self) -> Tensor:
+        """What the lookup reads: a row (input, table, pooling, width) per output."""
+        return self._features
+
+    @property
     def device(self) -> torch.device:
         """Where the tables lie."""
-        stores = self._parts.stores
-        return stores[0].weight.device if stores else self._device
+        return self.stores[0].weight.device if self.stores else self._device
 
     @property
     def num_ignored_ids(self) -> dict[str, int]:
@@ -165,7 +179,7 @@ class TableCollection(nn.Module):
 
     def table_parameters(self) -> dict[str, nn.Parameter]:
         """The tables' parameters, by their name in the collection."""
-        pairs = zip(self._parts.names, self._parts.stores, strict=True)
+        pairs = zip(self._parts.names, self.stores, strict=True)
         return {name: store.weight for name, store in pairs}
 
     def bind_rule(
@@ -240,7 +254,7 @@ class TableCollection(nn.Module):
         try:
             return self.prepare(features)
         except Exception as error:
-            self._parts.layout.refuse(error)
+            self.layout.refuse(error)
 
     def look_up(self, prepared: Prepared) -> Tensor:
         """Run the lookup of all tables.
@@ -264,9 +278,9 @@ class TableCollection(nn.Module):
             narrow = call._replace(features=self._features * _NO_WIDTH)
             counts = count_bad_ids(self._row_ranges, narrow, (prepared.shape[0], 0))
             self.get_buffer("_ignored").add_(counts)
-        tables = [store.weight for store in self._parts.stores]
+        tables = [store.weight for store in self.stores]
         explain = partial(self._explain, features)
-        return self._parts.layout.look_up(call, prepared.shape, tables, self._parts.way, explain)
+        return self.layout.look_up(call, prepared.shape, tables, self._parts.way, explain)
 
     def _explain(self, features: KeyedJaggedTensor, error: RuntimeError) -> Exception:
         found = _BAD_ID.search(str(error))

@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test slow check bench break docs stats build
+.PHONY: demo test slow check bench break docs stats build sanitize
 .DELETE_ON_ERROR:
 
 demo: build
@@ -29,6 +29,14 @@ docs: .venv/installed
 # Breaks lines one at a time in a copy, and wants a test to fail for each.
 break: build
 	$(BIN)/python tools/break_lines.py
+
+# Tests of operators with every C++ source under the address and undefined-behaviour sanitizers.
+sanitize: .venv/installed
+	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DSHARDWISE_SANITIZE=ON $(CMAKE_FLAGS) > /dev/null
+	@$(BIN)/cmake --build build/sanitize
+	SHARDWISE_LIBRARY=$(CURDIR)/build/sanitize/libshardwise.so ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest -m "not slow" --capture=sys tests/ops
 
 stats:
 	$(PYTHON) tools/codestats.py --check .

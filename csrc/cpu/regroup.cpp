@@ -308,7 +308,7 @@ void regroup_grad(StableIValue* stack, uint64_t, uint64_t) {
   std::vector<Tensor> results = allocate(widths, shape);
   for (size_t i = 0; i < results.size(); ++i) {
     if (has_gaps[i]) {
-      std::memset(results[i].mutable_data<char>(), 0, results[i].numel() * shape.element);
+      std::fill_n(results[i].mutable_data<char>(), results[i].numel() * shape.element, char{0});
     }
   }
   std::vector<Move> moves;

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-_LIBRARY = Path(__file__).parent.parent / "_lib" / "libshardwise.so"
+_INSTALLED = Path(__file__).parent.parent / "_lib" / "libshardwise.so"
+_LIBRARY = Path(os.environ.get("SHARDWISE_LIBRARY", _INSTALLED))  # another one for `make sanitize`
 _SCHEMAS = Path(__file__).with_name("schemas.inc")
 
 

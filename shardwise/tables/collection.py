@@ -179,8 +179,11 @@ class TableCollection(nn.Module):
 
     def table_parameters(self) -> dict[str, nn.Parameter]:
         """The tables' parameters, by their name in the collection."""
-        pairs = zip(self._parts.names, self.stores, strict=True)
-        return {name: store.weight for name, store in pairs}
+        return self._parts.parameters()
+
+    def sparse_names(self) -> list[str]:
+        """Name the parameters whose gradient is row-sparse."""
+        return [self._parts.names[position] for position in self._parts.way.sparse]
 
     def bind_rule(
         self, rule: BoundRule, lr: Tensor, *, in_backward: bool, parameters: Iterable[str]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwise.ops.lookup import Update
 from shardwise.optim.in_backward import Binding
@@ -58,6 +58,11 @@ class Parts:
         updates = [binding.update for binding in self.bindings]
         self.way = self.layout.plan_backward(updates, is_sparse=self._is_sparse)
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Give the parts' parameters by name, in the order of the tables, alike in all layouts."""
+        pairs = zip(self.names, self.stores, strict=True)
+        return {name: s.weight for name, s in sorted(pairs, key=lambda pair: pair[1].key)}
+
     def move(self, stores: Sequence[Store], layout: Layout) -> None:
         """Put parts in the place of whole tables; what their rules keep is cut and goes along.
 
@@ -108,7 +113,7 @@ class Parts:
             steps=torch.empty(0, dtype=torch.int64),
             slots=torch.empty(0, 4, dtype=torch.int64),
             lr=lr,
-            seed=self.layout.agree(seed),
+            seed=seed,
             in_backward=in_backward,
         )
         binding = Binding(rule=rule, update=update)
@@ -142,6 +147,7 @@ class Parts:
         kinds = [name for name, _ in binding.rule.rule.states]
         update = replace(
             binding.update,
+            seed=self.layout.agree(binding.update.seed),
             tables=tuple(positions),
             states=[store.states[kind] for store in stores for kind in kinds],
             steps=torch.tensor([steps[store.key] for store in stores], dtype=torch.int64),
@@ -149,17 +155,14 @@ class Parts:
         )
         binding.update = self.layout.at_step(update)
         binding.parameters = {self.names[i]: self.stores[i].weight for i in positions}
+        binding.first_parts = [positions.index(self._first[store.key]) for store in stores]
         binding.states = {}
-        binding.first_parts = []
-        for place, (position, store) in enumerate(zip(positions, stores, strict=True)):
-            first = self._first[store.key]
-            binding.first_parts.append(positions.index(first))
-            if position == first:
-                local = [other.states for other in stores if other.key == store.key]
-                values = {
-                    kind: self.layout.whole(store.key, [s[kind] for s in local]) for kind in kinds
-                }
-                binding.states[self.names[position]] = {**values, "step": update.steps[place]}
+        for key in sorted(steps):
+            local = [store.states for store in stores if store.key == key]
+            values = {kind: self.layout.whole(key, [own[kind] for own in local]) for kind in kinds}
+            place = positions.index(self._first[key])
+            values["step"] = update.steps[place]
+            binding.states[self.names[self._first[key]]] = values
         binding.changed()
 
 

@@ -36,17 +36,24 @@ class NoWait(Awaitable[T]):
 class LazyAwaitable(Awaitable[T]):
     """A value that is waited for at its first use, as if it were there already.
 
-    Attributes, items, arithmetic and PyTorch's functions reach the value. Only `isinstance` tells
-    the difference; `wait` gives the value itself.
+    Attributes, items, arithmetic and PyTorch's functions reach the value, and `isinstance` takes it
+    for one of its type, too; `wait` gives the value itself.
 
     Args:
         wait: Waits for the value and gives it; called once.
+        result_type: The type of the value.
     """
 
-    def __init__(self, wait: Callable[[], T]) -> None:
+    def __init__(self, wait: Callable[[], T], result_type: type[T]) -> None:
         """Remember how to wait."""
         self._wait: Callable[[], T] | None = wait
         self._value: Any = None
+        self._type = result_type
+
+    @property  # type: ignore[misc]  # that of `object` can be set
+    def __class__(self) -> Any:
+        """The type of the value, which is known without waiting."""
+        return self._type
 
     def wait(self) -> T:
         """Give the value."""
@@ -58,7 +65,7 @@ class LazyAwaitable(Awaitable[T]):
 
     def __getattr__(self, name: str) -> Any:
         """Give an attribute of the value."""
-        if name in ("_wait", "_value"):  # not made yet, as while unpickling
+        if name in ("_wait", "_value", "_type"):  # not made yet, as while unpickling
             raise AttributeError(name)
         return getattr(self.wait(), name)
 
@@ -72,7 +79,7 @@ class LazyAwaitable(Awaitable[T]):
 
 
 def _waited(value: Any) -> Any:
-    return value.wait() if isinstance(value, LazyAwaitable) else value
+    return value.wait() if issubclass(type(value), LazyAwaitable) else value
 
 
 def _reach(name: str) -> Callable[..., Any]:

@@ -1,9 +1,11 @@
 """What every collection of tables does: features to tables, rules to tables, ids to rows."""
 
+import abc
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +74,7 @@ def list_outputs(configs: Sequence[BaseEmbeddingConfig]) -> list[Output]:
     return outputs
 
 
-class TableCollection(nn.Module):
+class TableCollection(nn.Module, abc.ABC):
     """Tables with the features that read them.
 
     The name under which a subclass registers its stores is part of the parameters' names.
@@ -220,14 +222,18 @@ class TableCollection(nn.Module):
 
     # ---- lookup
 
+    @abc.abstractmethod
     def prepare(self, features: KeyedJaggedTensor) -> Prepared:
-        """Bring an input into the form in which it is looked up; subclasses say how.
+        """Bring an input into the form in which it is looked up.
 
         Raises:
             KeyError: A key is missing or unknown.
             ValueError: Weights are missing, or samples of a variable batch do not line up.
         """
-        raise TypeError(f"{type(self).__name__} does not say how its input is looked up")
+
+    @abc.abstractmethod
+    def finish(self, values: Tensor, prepared: Prepared) -> Any:
+        """Make the result of what was looked up."""
 
     def in_order(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """Give the input with the keys in the collection's order.

@@ -20,6 +20,7 @@ ALLOWED(aoti_torch_dtype_float32);
 ALLOWED(aoti_torch_dtype_float64);
 ALLOWED(aoti_torch_dtype_int32);
 ALLOWED(aoti_torch_dtype_int64);
+ALLOWED(aoti_torch_dtype_uint8);
 ALLOWED(aoti_torch_empty_strided);
 ALLOWED(aoti_torch_get_dim);
 ALLOWED(aoti_torch_get_dtype);

@@ -32,6 +32,8 @@ constexpr Entry kCpuKernels[] = {
     {"row_sums", cpu::row_sums},
     {"row_grads", cpu::row_grads},
     {"weight_grads", cpu::weight_grads},
+    {"route", cpu::route},
+    {"unpack", cpu::unpack},
 };
 
 void define_schemas() {

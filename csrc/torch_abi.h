@@ -43,6 +43,7 @@ int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_int32();
 int32_t aoti_torch_dtype_int64();
+int32_t aoti_torch_dtype_uint8();
 AOTITorchError aoti_torch_library_init_def(const char* ns, const char* file, uint32_t line,
                                            TorchLibraryHandle* result);
 AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* key, const char* file,
@@ -74,7 +75,7 @@ inline void check(AOTITorchError error, const char* what) {
   if (error != 0) throw std::runtime_error(std::string("shardwise: torch refused ") + what);
 }
 
-enum class DType { kFloat32, kFloat16, kBFloat16, kFloat64, kInt32, kInt64, kOther };
+enum class DType { kFloat32, kFloat16, kBFloat16, kFloat64, kInt32, kInt64, kUInt8, kOther };
 
 inline DType dtype_from_code(int32_t code) {
   if (code == aoti_torch_dtype_float32()) return DType::kFloat32;
@@ -83,6 +84,7 @@ inline DType dtype_from_code(int32_t code) {
   if (code == aoti_torch_dtype_float16()) return DType::kFloat16;
   if (code == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
   if (code == aoti_torch_dtype_float64()) return DType::kFloat64;
+  if (code == aoti_torch_dtype_uint8()) return DType::kUInt8;
   return DType::kOther;
 }
 

@@ -10,11 +10,6 @@ namespace {
 
 std::string str(int64_t number) { return std::to_string(number); }
 
-void require(const Tensor& tensor, const char* name, DType dtype, const char* dtype_name) {
-  if (tensor.dtype() != dtype) fail(std::string(name) + " must be " + dtype_name);
-  if (!tensor.is_contiguous()) fail(std::string(name) + " must be contiguous");
-}
-
 }  // namespace
 
 Call::Call(Arguments& arguments)
@@ -28,13 +23,8 @@ Call::Call(Arguments& arguments)
       bad_ids_(static_cast<BadIds>(arguments.integer())) {}
 
 void Call::lay_out(const std::vector<Tensor>& tables, int64_t rows, int64_t width) {
-  if (ids_.dtype() != DType::kInt32) require(ids_, "ids", DType::kInt64, "int32 or int64");
-  if (!ids_.is_contiguous()) fail("ids must be contiguous");
-  if (offsets_.dtype() != DType::kInt32) {
-    require(offsets_, "offsets", DType::kInt64, "int32 or int64");
-  }
+  require_integers(ids_, "ids");
   require(features_, "features", DType::kInt64, "int64");
-  require(bags_, "bags", DType::kInt64, "int64");
   if (bad_ids_ < BadIds::kRaise || bad_ids_ > BadIds::kIgnore) fail("unknown policy for bad ids");
   num_ids_ = ids_.numel();
   if (is_weighted_) {
@@ -43,64 +33,32 @@ void Call::lay_out(const std::vector<Tensor>& tables, int64_t rows, int64_t widt
       fail(str(weights_.numel()) + " weights for " + str(num_ids_) + " ids");
     }
   }
-  read_offsets();
+  num_features_ = features_.numel() / 4;
+  inputs_.emplace(offsets_, bags_, num_ids_, count_inputs());
   read_groups(tables, rows, width);
 }
 
-void Call::read_offsets() {
-  if (!offsets_.is_contiguous()) fail("offsets must be contiguous");
-  num_bags_ = offsets_.numel() - 1;
-  if (num_bags_ < 0) fail("offsets must hold at least one number");
-  if (offsets_.dtype() == DType::kInt32) {
-    const int32_t* data = offsets_.data<int32_t>();
-    converted_.assign(data, data + num_bags_ + 1);
-    starts_ = converted_.data();
-  } else {
-    starts_ = offsets_.data<int64_t>();
+// The inputs that the features read; `bags` may have more.
+int64_t Call::count_inputs() const {
+  const int64_t* features = features_.data<int64_t>();
+  int64_t count = 0;
+  for (int64_t f = 0; f < num_features_; ++f) {
+    const int64_t input = features[4 * f];
+    if (input < 0 || (bags_.numel() > 0 && input >= bags_.size(0))) {
+      fail("feature " + str(f) + " reads input " + str(input) + ", which is not there");
+    }
+    count = std::max(count, input + 1);
   }
-  bool is_ordered = starts_[0] == 0;
-  for (int64_t b = 0; b < num_bags_; ++b) is_ordered &= starts_[b] <= starts_[b + 1];
-  if (!is_ordered) fail("offsets must start at 0 and never decrease (a length is negative)");
-  if (starts_[num_bags_] != num_ids_) {
-    fail("lengths sum to " + str(starts_[num_bags_]) + ", but there are " + str(num_ids_) + " ids");
-  }
-}
-
-std::vector<int64_t> Call::bag_counts(int64_t num_inputs) const {
-  if (bags_.numel() > 0) {
-    if (bags_.dim() != 2 || bags_.size(0) != num_inputs) fail("bags must be [inputs, sources]");
-    const int64_t* data = bags_.data<int64_t>();
-    return std::vector<int64_t>(data, data + bags_.numel());
-  }
-  if (num_inputs == 0 || num_bags_ % num_inputs != 0) {
-    fail(str(num_bags_) + " bags cannot be shared by " + str(num_inputs) + " inputs equally");
-  }
-  return std::vector<int64_t>(num_inputs, num_bags_ / num_inputs);
+  return count;
 }
 
 void Call::read_groups(const std::vector<Tensor>& tables, int64_t rows, int64_t width) {
-  num_features_ = features_.numel() / 4;
   const int64_t* features = features_.data<int64_t>();
-  int64_t num_inputs = bags_.numel() > 0 ? bags_.size(0) : 0;
-  for (int64_t f = 0; f < num_features_; ++f) {
-    if (features[4 * f] < 0 || (bags_.numel() > 0 && features[4 * f] >= num_inputs)) {
-      fail("feature " + str(f) + " reads input " + str(features[4 * f]) + ", which is not there");
-    }
-    if (bags_.numel() == 0) num_inputs = std::max(num_inputs, features[4 * f] + 1);
-  }
-  const std::vector<int64_t> counts = bag_counts(num_inputs);
-  const int64_t num_sources = num_inputs > 0 ? static_cast<int64_t>(counts.size()) / num_inputs : 0;
+  const int64_t num_sources = inputs_->num_sources();
   if (columns_ && num_sources != 1) fail("columns need ids of one source");
   groups_.reserve(num_sources * num_features_);
-  std::vector<int64_t> first_bags(num_inputs);
-  int64_t bag = 0, out = 0;
+  int64_t out = 0;
   for (int64_t s = 0; s < num_sources; ++s) {
-    for (int64_t k = 0; k < num_inputs; ++k) {
-      first_bags[k] = bag;
-      if (counts[k * num_sources + s] < 0) fail("bags must not be negative");
-      bag += counts[k * num_sources + s];
-    }
-    if (bag > num_bags_) fail("bags name more bags than there are offsets");
     for (int64_t f = 0; f < num_features_; ++f) {
       const int64_t* feature = features + 4 * f;
       Group group{};
@@ -108,10 +66,11 @@ void Call::read_groups(const std::vector<Tensor>& tables, int64_t rows, int64_t 
       group.table = feature[1];
       group.pooling = static_cast<Pooling>(feature[2]);
       group.width = feature[3];
-      group.first_bag = first_bags[feature[0]];
-      group.num_bags = counts[feature[0] * num_sources + s];
-      group.first_id = starts_[group.first_bag];
-      group.num_ids = starts_[group.first_bag + group.num_bags] - group.first_id;
+      const Run& run = inputs_->run(feature[0], s);
+      group.first_bag = run.first_bag;
+      group.num_bags = run.num_bags;
+      group.first_id = inputs_->offsets()[run.first_bag];
+      group.num_ids = inputs_->offsets()[run.first_bag + run.num_bags] - group.first_id;
       group.out = out;
       group.stride = columns_ ? width : group.width;
       if (group.table >= static_cast<int64_t>(tables.size()) ||
@@ -125,12 +84,11 @@ void Call::read_groups(const std::vector<Tensor>& tables, int64_t rows, int64_t 
       groups_.push_back(group);
     }
   }
-  if (bag != num_bags_) fail("bags name " + str(bag) + " of " + str(num_bags_) + " bags");
   if (out != (columns_ ? width : rows * width)) fail("the features do not fill the output");
 }
 
 Ids Call::ids() const {
-  return Ids{ids_.data<char>(), ids_.dtype() == DType::kInt64, starts_,
+  return Ids{ids_.data<char>(), ids_.dtype() == DType::kInt64, inputs_->offsets(),
              is_weighted_ ? weights_.data<float>() : nullptr, bad_ids_};
 }
 

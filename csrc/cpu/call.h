@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../torch_abi.h"
+#include "inputs.h"
 #include "isa.h"
 
 namespace shardwise::cpu {
@@ -38,9 +40,8 @@ class Call {
   int64_t num_ids() const { return num_ids_; }
 
  private:
-  void read_offsets();
+  int64_t count_inputs() const;
   void read_groups(const std::vector<Tensor>& tables, int64_t rows, int64_t width);
-  std::vector<int64_t> bag_counts(int64_t num_inputs) const;
 
   Tensor ids_, offsets_, weights_;
   bool is_weighted_;
@@ -49,10 +50,8 @@ class Call {
   BadIds bad_ids_;
 
   int64_t num_ids_ = 0;
-  int64_t num_bags_ = 0;
   int64_t num_features_ = 0;
-  const int64_t* starts_ = nullptr;  // offsets as int64
-  std::vector<int64_t> converted_;
+  std::optional<Inputs> inputs_;
   std::vector<Group> groups_;
 };
 

@@ -18,5 +18,7 @@ void update_(StableIValue* stack, uint64_t, uint64_t);
 void row_sums(StableIValue* stack, uint64_t, uint64_t);
 void row_grads(StableIValue* stack, uint64_t, uint64_t);
 void weight_grads(StableIValue* stack, uint64_t, uint64_t);
+void route(StableIValue* stack, uint64_t, uint64_t);
+void unpack(StableIValue* stack, uint64_t, uint64_t);
 
 }  // namespace shardwise::cpu

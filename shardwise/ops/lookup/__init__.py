@@ -11,7 +11,7 @@ a row are summed first and the row is updated once per call, in one of three way
 Two calls that read one table before one backward update it twice, one after the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, cast
@@ -29,18 +29,27 @@ from shardwise.ops.lookup.rules import RULES, SGD, Rule, Settings
 __all__ = [
     "RULES",
     "BadIds",
+    "Complete",
     "Ids",
     "Pooling",
+    "RowGrads",
     "Rule",
     "Settings",
     "Update",
     "Way",
     "advise_huge_pages",
     "apply_update",
+    "as_sparse",
     "count_bad_ids",
+    "dense_grads",
     "lookup",
     "plan_backward",
     "restrict",
+    "row_grads",
+    "run_update",
+    "sparse_grads",
+    "sum_rows",
+    "weight_grads",
 ]
 
 
@@ -132,6 +141,8 @@ class Update:
         seed: For stochastic rounding of fp16 and bf16 rows; -1 rounds to nearest.
         in_backward: Run the rule in backward. Otherwise backward leaves a row-sparse gradient and
             `apply_update` runs it.
+        complete: For parts of tables whose rows go on elsewhere: turns the row sums of the columns
+            here into those of whole rows.
     """
 
     rule: Rule
@@ -144,6 +155,11 @@ class Update:
     lr: Tensor
     seed: int = -1
     in_backward: bool = True
+    complete: "Complete | None" = None
+
+
+Complete = Callable[[Tensor, Sequence[int]], Tensor]
+"""From row sums [N, num_sums], table after table, and the distinct rows of each table."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -207,7 +223,18 @@ _NO_SUMS = torch.empty(0)
 _PLAIN_SUM = (SGD.code, Settings().as_floats(), -1, torch.tensor(-1.0), _NO_SUMS)
 
 
-def _run_update(grad: Tensor, call: Ids, update: Update, tables: Sequence[Tensor]) -> None:
+def run_update(
+    grad: Tensor, call: Ids, update: Update, tables: Sequence[Tensor], sums: Tensor = _NO_SUMS
+) -> None:
+    """Run a rule on the rows that a call touched.
+
+    Args:
+        grad: The gradient of the lookup's result.
+        call: What was looked up.
+        update: The rule, for tables in the numbering of the lookup.
+        tables: All tables of the lookup.
+        sums: Row sums of whole rows, where the columns here are not all.
+    """
     own = [tables[t] for t in update.tables]
     _update(
         grad,
@@ -220,14 +247,14 @@ def _run_update(grad: Tensor, call: Ids, update: Update, tables: Sequence[Tensor
         update.settings.as_floats(),
         update.seed,
         update.lr,
-        _NO_SUMS,
+        sums,
     )
     if not torch.compiler.is_compiling():  # traced code is given the version by the compiler
         torch.autograd.graph.increment_version(own)
 
 
-def _dense_grads(grad: Tensor, call: Ids, way: Way, tables: Sequence[Tensor]) -> list[Tensor]:
-    """Sum gradients into zeros: SGD with a learning rate of -1."""
+def dense_grads(grad: Tensor, call: Ids, way: Way, tables: Sequence[Tensor]) -> list[Tensor]:
+    """Give the dense gradients of `way.dense`: SGD on zeros with a learning rate of -1."""
     result = [torch.zeros_like(tables[t]) for t in way.dense]
     count = len(result)
     steps = torch.zeros(count, dtype=torch.int64)
@@ -237,20 +264,38 @@ def _dense_grads(grad: Tensor, call: Ids, way: Way, tables: Sequence[Tensor]) ->
     return result
 
 
-def _sparse_grads(grad: Tensor, call: Ids, way: Way, tables: Sequence[Tensor]) -> list[Tensor]:
+def sparse_grads(grad: Tensor, call: Ids, way: Way, tables: Sequence[Tensor]) -> list[Tensor]:
+    """Give the row-sparse gradients of `way.sparse`, in order."""
     own = [tables[t] for t in way.sparse]
-    rows, flat, counts = _row_grads(grad, *call._replace(features=way.sparse_features), own)
-    result, first, start = [], 0, 0
-    for table, count in zip(own, counts.tolist(), strict=True):
-        size = count * table.shape[1]
-        values = flat[start : start + size].view(count, table.shape[1]).to(table.dtype)
-        index = rows[None, first : first + count]
-        result.append(
-            torch.sparse_coo_tensor(
-                index, values, table.shape, is_coalesced=True, check_invariants=False
-            )
-        )
-        first, start = first + count, start + size
+    found = row_grads(grad, call._replace(features=way.sparse_features), own)
+    return [as_sparse(table, *pair) for table, pair in zip(own, found, strict=True)]
+
+
+def as_sparse(table: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """Make the gradient of a table that is 0 but in some distinct ascending rows."""
+    result: Tensor = torch.sparse_coo_tensor(
+        rows[None], values.to(table.dtype), table.shape, is_coalesced=True, check_invariants=False
+    )
+    return result
+
+
+RowGrads = tuple[Tensor, Tensor]
+"""Distinct rows of a table [N], ascending, and their gradients [N, D], float32."""
+
+
+def row_grads(grad: Tensor, call: Ids, tables: Sequence[Tensor]) -> list[RowGrads]:
+    """Sum the gradients of each row that a call touched; one entry per table."""
+    rows, flat, counts = _row_grads(grad, *call, list(tables))
+    sizes: list[int] = counts.tolist()
+    widths = [table.shape[1] for table in tables]
+    values = flat.split([n * width for n, width in zip(sizes, widths, strict=True)])
+    shaped = [v.view(n, w) for v, n, w in zip(values, sizes, widths, strict=True)]
+    return list(zip(rows.split(sizes), shaped, strict=True))
+
+
+def weight_grads(grad: Tensor, call: Ids, tables: Sequence[Tensor]) -> Tensor:
+    """Give the gradient [V] of the weights of a call."""
+    result: Tensor = _weight_grads(grad, *call, list(tables))
     return result
 
 
@@ -281,14 +326,14 @@ class _Lookup(torch.autograd.Function):
         grad, call, way, tables = grads[0].contiguous(), ctx.call, ctx.way, ctx.tables
         weight_grad = None
         if ctx.needs_input_grad[3]:  # before any update: it reads the rows as forward saw them
-            weight_grad = _weight_grads(grad, *call, list(tables)).to(call.weights.dtype)
+            weight_grad = weight_grads(grad, call, tables).to(call.weights.dtype)
         by_table: dict[int, Tensor] = {}
         if way.dense:
-            by_table |= zip(way.dense, _dense_grads(grad, call, way, tables), strict=True)
+            by_table |= zip(way.dense, dense_grads(grad, call, way, tables), strict=True)
         if way.sparse:
-            by_table |= zip(way.sparse, _sparse_grads(grad, call, way, tables), strict=True)
+            by_table |= zip(way.sparse, sparse_grads(grad, call, way, tables), strict=True)
         for update in way.updates:
-            _run_update(grad, call, update, tables)
+            run_update(grad, call, update, tables)
         return None, None, None, weight_grad, *map(by_table.get, range(len(tables)))
 
 
@@ -346,13 +391,54 @@ def apply_update(
         rows: Per table, row numbers [N].
         grads: Per table, gradients [N, D].
     """
+    own = replace(update, tables=tuple(range(len(tables))))
+    if update.complete is None:
+        flat, call = _as_call(tables, rows, grads)
+        run_update(flat, call, replace(own, features=call.features), tables)
+        return
+    _apply_completed(own, update.complete, tables, sum_rows(tables, rows, grads))
+
+
+def _apply_completed(
+    update: Update, complete: Complete, tables: Sequence[Tensor], found: Sequence[RowGrads]
+) -> None:
+    """Run a rule on distinct rows that go on elsewhere; without tables, only take part."""
+    counts = [rows.numel() for rows, _ in found]
+    rule, sums = update.rule, _NO_SUMS.new_empty(0, update.rule.num_sums)
+    if not found:
+        for _ in range(1 + bool(rule.num_early_sums)):
+            complete(sums, counts)
+        return
+    flat, call = _as_call(tables, *zip(*found, strict=True))
+    update = replace(update, features=call.features)
+    numbers = (update.slots, rule.code, update.settings.as_floats())
+    arguments = (flat, *call, list(tables), update.states, update.steps, *numbers)
+    sums = complete(_row_sums(*arguments, _NO_SUMS), counts)
+    if early := rule.num_early_sums:
+        late = complete(_row_sums(*arguments, sums), counts)
+        sums = torch.cat([sums[:, :early], late[:, early:]], 1)
+    run_update(flat, call, update, tables, sums)
+
+
+def sum_rows(
+    tables: Sequence[Tensor], rows: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[RowGrads]:
+    """Add the gradients of rows that occur several times, in their order; one entry per table."""
+    if not tables:
+        return []
+    flat, call = _as_call(tables, rows, grads)
+    return row_grads(flat, call, tables)
+
+
+def _as_call(
+    tables: Sequence[Tensor], rows: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[Tensor, Ids]:
+    """Give gradients of rows as those of a lookup without pooling."""
     counts = [row.numel() for row in rows]
-    bounds = torch.tensor([0, *counts]).cumsum(0)
-    widths = [table.shape[1] for table in tables]
-    features = [(t, t, int(Pooling.NONE), width) for t, width in enumerate(widths)]
+    features = [(t, t, int(Pooling.NONE), table.shape[1]) for t, table in enumerate(tables)]
     call = Ids(
         ids=torch.cat(list(rows)),
-        offsets=bounds,
+        offsets=torch.tensor([0, *counts]).cumsum(0),
         weights=_NO_SUMS,
         is_weighted=False,
         features=torch.tensor(features),
@@ -360,6 +446,4 @@ def apply_update(
         columns=False,
         bad_ids=int(BadIds.RAISE),
     )
-    flat = torch.cat([grad.float().flatten() for grad in grads])[:, None]
-    own = replace(update, tables=tuple(range(len(tables))), features=call.features)
-    _run_update(flat, call, own, tables)
+    return torch.cat([grad.float().flatten() for grad in grads])[:, None], call

@@ -117,6 +117,7 @@ class Rule:
             not all, to [N, num_sums].
         apply: From the rows, [N, num_sums] and lr to the step [N, D], to be subtracted from the
             rows; changes the states in place.
+        num_early_sums: How many of the sums, the first ones, the others are made of.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Rule:
     num_sums: int
     row_sums: Callable[[Rows, Tensor | None], Tensor]
     apply: Callable[[Rows, Tensor, Tensor], Tensor]
+    num_early_sums: int = 0
 
 
 def _no_sums(rows: Rows, given: Tensor | None) -> Tensor:
@@ -283,7 +285,9 @@ PARTIAL_ROW_WISE_LAMB = Rule(
     3,
     _partial_row_wise_lamb_sums,
     _partial_row_wise_lamb,
+    num_early_sums=1,
 )
+
 LARS_SGD = Rule(
     "lars_sgd",
     7,

@@ -3,7 +3,11 @@
 // First every C function that the library may use, as torch 2.10, the oldest one served, has it: a
 // function that came later is not declared under this target version. Then our declarations, whose
 // functions have C linkage: one that differs from torch's is an error.
+//
+// Weak functions came with torch 2.11; compiling with that target version compares them too.
+#ifndef TORCH_TARGET_VERSION
 #define TORCH_TARGET_VERSION 0x020a000000000000
+#endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 

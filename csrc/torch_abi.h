@@ -64,6 +64,13 @@ AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size
                                   void (*body)(int64_t begin, int64_t end, void* context),
                                   void* context);
 AOTITorchError torch_get_num_threads(uint32_t* result);
+
+// Of torch 2.11 on; null under 2.10.
+__attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
+    int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* deleter_context);
 }
 
 namespace shardwise {
@@ -104,13 +111,26 @@ class Tensor {
 
   // A contiguous CPU tensor with uninitialised elements.
   static Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype_code) {
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+    const std::vector<int64_t> strides = strides_of(sizes);
     AtenTensorHandle handle = nullptr;
     check(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                    strides.data(), dtype_code, aoti_torch_device_type_cpu(), 0,
                                    &handle),
           "an allocation");
+    return Tensor(handle);
+  }
+
+  // A contiguous CPU tensor of the caller's memory; `free_memory` is called with it and `context`
+  // when the last tensor that uses it goes. Needs `torch_from_blob`.
+  static Tensor from_memory(void* data, const std::vector<int64_t>& sizes, int32_t dtype_code,
+                            void (*free_memory)(void* data, void* context), void* context) {
+    constexpr int32_t kStrided = 0;
+    const std::vector<int64_t> strides = strides_of(sizes);
+    AtenTensorHandle handle = nullptr;
+    check(torch_from_blob(data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
+                          dtype_code, aoti_torch_device_type_cpu(), -1, &handle, kStrided, nullptr,
+                          0, free_memory, context),
+          "memory for a result");
     return Tensor(handle);
   }
 
@@ -155,6 +175,11 @@ class Tensor {
   }
 
  private:
+  static std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+    return strides;
+  }
   int64_t query(AOTITorchError (*ask)(AtenTensorHandle, int64_t*), const char* what) const {
     int64_t result = 0;
     check(ask(handle_, &result), what);

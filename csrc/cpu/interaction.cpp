@@ -4,7 +4,7 @@
 
 #include "isa.h"
 #include "kernels.h"
-#include "pages.h"
+#include "results.h"
 #include "scratch.h"
 
 namespace shardwise::cpu {
@@ -44,19 +44,13 @@ void run(const Interaction& all, void (*kernel)(const Interaction&)) {
   });
 }
 
-Tensor make_result(const std::vector<int64_t>& sizes) {
-  Tensor result = Tensor::empty(sizes, aoti_torch_dtype_float32());
-  advise_huge_pages(result.mutable_data<float>(), result.numel() * sizeof(float));
-  return result;
-}
-
 }  // namespace
 
 void interaction(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const Tensor dense = arguments.tensor(), sparse = arguments.tensor();
   Interaction all = describe(dense, sparse);
-  Tensor result = make_result({all.last, all.num_columns()});
+  Tensor result = make_result({all.last, all.num_columns()}, aoti_torch_dtype_float32());
   all.out = result.mutable_data<float>();
   run(all, isa().interact);
   arguments.give(std::move(result));
@@ -70,8 +64,8 @@ void interaction_grad(StableIValue* stack, uint64_t, uint64_t) {
   require(grad.dtype() == DType::kFloat32 && grad.is_contiguous() && grad.dim() == 2 &&
               grad.size(0) == all.last && grad.size(1) == all.num_columns(),
           "the gradient must be float32, contiguous, of the result's shape");
-  Tensor dense_grad = make_result({all.last, all.width});
-  Tensor sparse_grad = make_result({all.last, all.num_vectors - 1, all.width});
+  Tensor dense_grad = make_result({all.last, all.width}, aoti_torch_dtype_float32());
+  Tensor sparse_grad = make_result({all.last, all.num_vectors - 1, all.width}, aoti_torch_dtype_float32());
   all.grad = grad.data<float>();
   all.dense_grad = dense_grad.mutable_data<float>();
   all.sparse_grad = sparse_grad.mutable_data<float>();

@@ -82,6 +82,7 @@ struct Pool {
   float* out;  // lookup: written. weight_dots: the gradient, read
   int64_t stride;
   float* weight_grads;  // weight_dots: written, by position
+  bool streams;         // lookup: write past the cache; `out` and `stride` are whole cache lines
 };
 
 // Scrambles 32 bits: the finalizer of MurmurHash3 (A. Appleby, 2011).

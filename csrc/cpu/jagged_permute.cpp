@@ -8,7 +8,7 @@
 
 #include "copies.h"
 #include "kernels.h"
-#include "pages.h"
+#include "results.h"
 
 namespace shardwise::cpu {
 namespace {
@@ -73,9 +73,8 @@ Tensor gather(const Tensor& from, const Counts& counts, const Counts& order, Cop
     sizes.push_back(from.size(d));
     row_bytes *= static_cast<size_t>(from.size(d));
   }
-  Tensor to = Tensor::empty(sizes, from.dtype_code());
+  Tensor to = make_result(sizes, from.dtype_code());
   char* out = to.mutable_data<char>();
-  advise_huge_pages(out, static_cast<size_t>(rows) * row_bytes);
   for (const int64_t s : order) {
     const size_t bytes = static_cast<size_t>(counts[s]) * row_bytes;
     copies.add(out, from.data<char>() + static_cast<size_t>(starts[s]) * row_bytes, bytes);

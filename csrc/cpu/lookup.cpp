@@ -4,7 +4,7 @@
 
 #include "call.h"
 #include "kernels.h"
-#include "pages.h"
+#include "results.h"
 #include "tasks.h"
 
 namespace shardwise::cpu {
@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t kTaskIds = 2048;
 constexpr int64_t kTaskBags = 1024;
+// A result of this size would push itself out of the cache.
+constexpr int64_t kStreamBytes = 32 << 20;
 constexpr int64_t kSmallBytes = 256 << 10;  // rows read below which one thread is faster
 
 struct Task {
@@ -19,15 +21,22 @@ struct Task {
   Pool pool;
 };
 
+// Whether all vectors that a pool writes are whole cache lines.
+bool can_stream(const Pool& pool) {
+  constexpr int64_t kLine = 16;  // floats
+  const bool is_aligned = reinterpret_cast<uintptr_t>(pool.out) % (kLine * sizeof(float)) == 0;
+  return is_aligned && pool.stride % kLine == 0 && pool.table.width % kLine == 0;
+}
+
 // Splits the groups into tasks of about equal numbers of ids.
 std::vector<Task> split(const Call& call, const std::vector<TableView>& tables, float* out,
-                        float* weight_grads) {
+                        float* weight_grads, bool streams) {
   std::vector<Task> tasks;
   const Ids ids = call.ids();
   for (const Group& group : call.groups()) {
     if (group.table < 0) continue;
     Pool pool{tables[group.table], ids, group.pooling, 0, 0, 0, 0, nullptr, group.stride,
-              weight_grads};
+              weight_grads, false};
     const bool is_pooled = group.pooling != Pooling::kNone;
     const int64_t* bounds = ids.offsets + group.first_bag;
     const int64_t count = group.num_out_rows();
@@ -43,6 +52,7 @@ std::vector<Task> split(const Call& call, const std::vector<TableView>& tables, 
       pool.first_id = is_pooled ? bounds[first] : group.first_id + first;
       pool.last_id = is_pooled ? bounds[last] : group.first_id + last;
       pool.out = out + group.out + first * group.stride;
+      pool.streams = streams && can_stream(pool);
       tasks.push_back({&group, pool});
       first = last;
     }
@@ -74,12 +84,10 @@ void lookup(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t rows = arguments.integer(), width = arguments.integer();
   call.lay_out(tables, rows, width);
   const std::vector<TableView> views = view_tables(tables);
-  Tensor result = Tensor::empty({rows, width}, aoti_torch_dtype_float32());
+  Tensor result = make_result({rows, width}, aoti_torch_dtype_float32());
   float* out = result.mutable_data<float>();
-  // Fresh 4 KB pages of a large result would cost more than the lookup that fills them.
-  constexpr int64_t kLarge = 8 << 20;
-  if (rows * width * 4 > kLarge) advise_huge_pages(out, rows * width * sizeof(float));
-  run(call, views, split(call, views, out, nullptr), isa().pool);
+  const bool streams = rows * width * static_cast<int64_t>(sizeof(float)) >= kStreamBytes;
+  run(call, views, split(call, views, out, nullptr, streams), isa().pool);
   arguments.give(std::move(result));
 }
 
@@ -114,7 +122,7 @@ void weight_grads(StableIValue* stack, uint64_t, uint64_t) {
   float* out = result.mutable_data<float>();
   std::fill_n(out, call.num_ids(), 0.0f);
   float* gradient = const_cast<float*>(grad.data<float>());
-  std::vector<Task> tasks = split(call, views, gradient, out);
+  std::vector<Task> tasks = split(call, views, gradient, out, false);
   // Features that read one input add to the same numbers, so they run one after the other.
   const int64_t features = call.num_features();
   for (int64_t f = 0; f < features; ++f) {

@@ -11,7 +11,7 @@
 #endif
 
 #include "kernels.h"
-#include "pages.h"
+#include "results.h"
 
 namespace shardwise::cpu {
 namespace {
@@ -181,9 +181,7 @@ std::vector<int64_t> widths_of(const std::vector<Tensor>& tensors) {
 std::vector<Tensor> allocate(const std::vector<int64_t>& widths, const Shape& shape) {
   std::vector<Tensor> tensors;
   for (const int64_t width : widths) {
-    Tensor& tensor = tensors.emplace_back(Tensor::empty({shape.rows, width}, shape.dtype_code));
-    advise_huge_pages(tensor.mutable_data<char>(),
-                      static_cast<size_t>(shape.rows * width) * shape.element);
+    tensors.push_back(make_result({shape.rows, width}, shape.dtype_code));
   }
   return tensors;
 }

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "results.h"
 #include "rows.h"
 
 namespace shardwise::cpu {
@@ -176,7 +177,7 @@ void row_grads(StableIValue* stack, uint64_t, uint64_t) {
   int64_t numel = 0;
   for (const TouchedRows& table : touched) numel += table.count() * table.run.table.width;
   Tensor rows = Tensor::empty({num_rows(touched)}, aoti_torch_dtype_int64());
-  Tensor grads = Tensor::empty({numel}, aoti_torch_dtype_float32());
+  Tensor grads = make_result({numel}, aoti_torch_dtype_float32());
   Tensor counts = Tensor::empty({static_cast<int64_t>(tables.size())}, aoti_torch_dtype_int64());
   float* out = grads.mutable_data<float>();
   for (TouchedRows& table : touched) {

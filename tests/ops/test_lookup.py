@@ -27,7 +27,7 @@ from shardwise.ops.lookup import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-WIDTHS = [1, 4, 16, 64, 100, 128, 256, 1024]
+WIDTHS = [1, 4, 16, 32, 64, 100, 128, 256, 1024]
 NO_WEIGHTS = torch.empty(0)
 NO_BAGS = torch.empty(0, dtype=torch.int64)
 
@@ -120,6 +120,23 @@ def test_forward_equals_reference_at_every_batch_size(bags, id_dtype):
     features = [(0, 0, Pooling.SUM), (1, 1, Pooling.MEAN), (0, 1, Pooling.MEAN)]
     case = make_case(features=features, bags=bags, id_dtype=id_dtype)
     close(run(case), expected(case))
+
+
+@pytest.mark.parametrize("widths", [(1024,), (1024, 20)])
+def test_results_past_the_cache_equal_the_reference(widths):
+    features = [(0, t, Pooling.SUM) for t in range(len(widths))]
+    case = make_case([(50, width) for width in widths], features, bags=9000, longest=2)
+    close(run(case), expected(case))
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+def test_bags_of_one_id_equal_the_reference(pooling):
+    case = make_case([(50, 64)], [(0, 0, pooling)], bags=300, columns=False)
+    count = case.call.ids.numel()
+    offsets, bags = torch.arange(count + 1), torch.tensor([[count]])
+    call = case.call._replace(offsets=offsets, bags=bags)
+    single = replace(case, call=call, shape=(count, 64))
+    assert torch.equal(run(single), case.tables[0][case.call.ids])
 
 
 @pytest.mark.parametrize("columns", [True, False])

@@ -140,6 +140,29 @@ SHARDWISE_INLINE void store(float* p, const Floats& x) {
   for (int i = 0; i < kParts; ++i) std::memcpy(p + i * kNative, &x.part[i], sizeof(x.part[i]));
 }
 
+// Past the cache, to an address that 64 divides: what is overwritten is not read first. A `fence`
+// must follow before another thread reads it.
+SHARDWISE_INLINE void stream(float* p, const Floats& x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(x.part[0]));
+#elif defined(__AVX2__)
+  for (int i = 0; i < kParts; ++i) {
+    _mm256_stream_ps(p + i * kNative, reinterpret_cast<__m256>(x.part[i]));
+  }
+#elif defined(__x86_64__)
+  for (int i = 0; i < kParts; ++i) {
+    _mm_stream_ps(p + i * kNative, reinterpret_cast<__m128>(x.part[i]));
+  }
+#else
+  store(p, x);
+#endif
+}
+SHARDWISE_INLINE void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 SHARDWISE_INLINE Bits load_shorts(const void* p) {
   return each<NativeBits>([&](int i) {
     NativeShorts raw;

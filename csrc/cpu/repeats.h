@@ -27,6 +27,7 @@ struct Part {
   }
 };
 
+template <typename Key>  // of rows: int32_t if they fit, which halves the table
 class Repeats {
  public:
   // For at most `num_items` ids of the part, below `num_rows`. Writes to `firsts`, by item, the first
@@ -44,33 +45,35 @@ class Repeats {
 
   template <typename Id>
   void find(const Id* ids, int64_t count, int64_t first_item, BadIds policy) {
-    constexpr int64_t kAhead = 8;
+    constexpr int64_t kAhead = 16;
     for (int64_t i = 0; i < count; ++i) {
-      if (i + kAhead < count && !is_direct_) {
-        __builtin_prefetch(table_ + (hash(ids[i + kAhead]) >> shift_));
-      }
+      if (i + kAhead < count) __builtin_prefetch(table_ + place_of(ids[i + kAhead]));
       const int64_t row = resolve(ids[i], num_rows_, policy);
-      if (part_.owns(row)) firsts_[first_item + i] = row < 0 ? -1 : first_of(row, first_item + i);
+      if (!part_.owns(row)) continue;
+      const auto item = static_cast<int32_t>(first_item + i);
+      firsts_[item] = row < 0 ? -1 : first_of(static_cast<Key>(row), item);
     }
   }
 
  private:
   struct Seen {
-    int64_t row;  // -1: free
+    Key row;  // -1: free
     int32_t item;
   };
 
-  static uint64_t hash(int64_t row) { return static_cast<uint64_t>(row) * 0x9e3779b97f4a7c15u; }
-  int32_t first_of(int64_t row, int64_t item) {
-    uint64_t place = is_direct_ ? static_cast<uint64_t>(row) : hash(row) >> shift_;
-    while (table_[place].row != row) {
-      if (table_[place].row < 0) {
-        table_[place] = {row, static_cast<int32_t>(item)};
-        break;
-      }
-      place = place + 1 == capacity_ ? 0 : place + 1;
+  uint64_t place_of(int64_t row) const {
+    if (is_direct_) return static_cast<uint64_t>(row);
+    return (static_cast<uint64_t>(row) * 0x9e3779b97f4a7c15u) >> shift_;
+  }
+  int32_t first_of(Key row, int32_t item) {
+    for (uint64_t place = place_of(row);; place = place + 1 == capacity_ ? 0 : place + 1) {
+      // Whether a row is new is not foreseeable, so both cases go without a branch.
+      Seen& seen = table_[place];
+      const bool is_new = seen.row < 0;
+      if (!is_new & (seen.row != row)) continue;
+      seen = {row, is_new ? item : seen.item};
+      return seen.item;
     }
-    return table_[place].item;
   }
 
   Part part_;

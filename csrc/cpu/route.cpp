@@ -4,6 +4,7 @@
 // of the counts say where each task writes; then the tasks write. A split of rows needs, in between,
 // the first occurrence of each row.
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -62,9 +63,11 @@ struct Split {
   size_t first_task = 0, last_task = 0;
 };
 
-// Where the ids, lengths and weights of a slot begin in the message, in bytes, and its origins.
-struct Place {
+// What goes to a channel, and where it begins: in the message, in bytes, and among the origins.
+struct Channel {
   int64_t ids, lengths, weights, origins;  // lengths: -1 if they are not sent
+  int32_t num_bags, num_ids;
+  bool is_used, is_rows;
 };
 
 // Where a task writes next for one slot.
@@ -114,13 +117,15 @@ struct Job {
   Counts* counts = nullptr;
   int32_t* found = nullptr;   // the block of each item; -1: not sent
   int32_t* firsts = nullptr;  // of rows: the first item of the same row; -1: not sent
-  std::vector<Counts> totals{};  // by slot
-  std::vector<Place> places{};   // by slot
+  Channel* channels = nullptr;
   char* message = nullptr;
   Entry* entries = nullptr;
   int64_t* entry_ends = nullptr;
   int64_t* origins = nullptr;
 
+  Channel& channel(const Split& split, int64_t slot) const {
+    return channels[request.channels.data<int64_t>()[split.first_slot + slot]];
+  }
   int64_t num_ids(const Piece& piece) const {
     return starts[piece.first_bag + piece.num_bags] - starts[piece.first_bag];
   }
@@ -293,7 +298,7 @@ void count_rows(const Job& job, const Task& task) {
   const int32_t* firsts = job.firsts + split.first_item;
   const auto begin = static_cast<int32_t>(job.pieces[task.first_piece].item);
   for (int32_t i = begin; i < begin + task.num_ids; ++i) {
-    if (firsts[i] == i) ++counts[split.cutting[found[i]].slot].ids;
+    counts[split.cutting[std::max(found[i], 0)].slot].ids += firsts[i] == i;
   }
 }
 
@@ -305,6 +310,22 @@ void for_ids(const Job& job, const Split& split, const Body& body) {
   for (size_t k = job.tasks[split.first_task].first_piece; k < last; ++k) {
     body(ids_of<Id>(job, job.pieces[k]), job.num_ids(job.pieces[k]), job.pieces[k].item);
   }
+}
+
+template <typename Id, typename Key>
+void search(const Job& job, const Split& split, const Part& part) {
+  const int64_t num_rows = split.cutting.num_rows();
+  const BadIds policy = job.request.policy;
+  int64_t own = part.count == 1 ? split.num_items : 0;
+  if (part.count > 1) {
+    for_ids<Id>(job, split, [&](const Id* ids, int64_t count, int64_t) {
+      for (int64_t i = 0; i < count; ++i) own += part.owns(resolve(ids[i], num_rows, policy));
+    });
+  }
+  Repeats<Key> repeats(part, num_rows, own, job.firsts + split.first_item);
+  for_ids<Id>(job, split, [&](const Id* ids, int64_t count, int64_t item) {
+    repeats.find(ids, count, item, policy);
+  });
 }
 
 template <typename Id>
@@ -320,18 +341,8 @@ void find_repeats(const Job& job) {
   }
   run_tasks(static_cast<int64_t>(searches.size()), job.is_small, [&](int64_t n) {
     const auto& [split, part] = searches[n];
-    const int64_t num_rows = split->cutting.num_rows();
-    const BadIds policy = job.request.policy;
-    int64_t own = part.count == 1 ? split->num_items : 0;
-    if (part.count > 1) {
-      for_ids<Id>(job, *split, [&, &part = part](const Id* ids, int64_t count, int64_t) {
-        for (int64_t i = 0; i < count; ++i) own += part.owns(resolve(ids[i], num_rows, policy));
-      });
-    }
-    Repeats repeats(part, num_rows, own, job.firsts + split->first_item);
-    for_ids<Id>(job, *split, [&](const Id* ids, int64_t count, int64_t item) {
-      repeats.find(ids, count, item, policy);
-    });
+    const bool is_wide = split->cutting.num_rows() > kMost;
+    is_wide ? search<Id, int64_t>(job, *split, part) : search<Id, int32_t>(job, *split, part);
   });
 }
 
@@ -350,73 +361,56 @@ void count(Job& job) {
 
 // ---- placing
 
+void assign_channels(const Job& job) {
+  const int64_t num_channels = job.request.num_channels();
+  std::fill_n(job.channels, num_channels, Channel{});
+  for (const Split& split : job.splits) {
+    const int64_t* numbers = job.request.channels.data<int64_t>() + split.first_slot;
+    for (int64_t s = 0; s < split.num_slots; ++s) {
+      if (numbers[s] < 0 || numbers[s] >= num_channels) fail("no channel " + str(numbers[s]));
+      Channel& channel = job.channels[numbers[s]];
+      if (channel.is_used) fail("two slots share channel " + str(numbers[s]));
+      channel.is_used = true;
+      channel.is_rows = split.is_rows;
+    }
+  }
+}
+
 // Turns each task's counts into those of the tasks before it in its split.
 void add_up(Job& job) {
-  job.totals.assign(job.request.channels.numel(), Counts{0, 0, 0});
   for (Task& task : job.tasks) {
     const Split& split = job.splits[task.split];
-    Counts* totals = job.totals.data() + split.first_slot;
-    Counts* counts = job.counts + task.first_count;
     for (int64_t s = 0; s < split.num_slots; ++s) {
-      const Counts own = counts[s];
-      counts[s] = totals[s];
-      totals[s].bags += own.bags;
-      totals[s].ids += own.ids;
+      Channel& channel = job.channel(split, s);
+      Counts& counts = job.counts[task.first_count + s];
+      const Counts own = counts;
+      counts = {channel.num_bags, channel.num_ids, 0};
+      channel.num_bags += own.bags;
+      channel.num_ids += own.ids;
     }
     task.first_entry = job.num_entries;
     job.num_entries += task.num_entries;
   }
 }
 
-// The slot of each channel, -1 for none, and of each slot whether it is one of rows.
-struct Slots {
-  std::vector<int64_t> of_channel;
-  std::vector<char> is_rows;
-};
-
-Slots number_slots(const Job& job) {
-  const Request& request = job.request;
-  Slots slots{std::vector<int64_t>(request.num_channels(), -1),
-              std::vector<char>(request.channels.numel())};
-  for (const Split& split : job.splits) {
-    for (int64_t s = split.first_slot; s < split.first_slot + split.num_slots; ++s) {
-      const int64_t channel = request.channels.data<int64_t>()[s];
-      if (channel < 0 || channel >= request.num_channels()) fail("no channel " + str(channel));
-      if (slots.of_channel[channel] >= 0) fail("two slots share channel " + str(channel));
-      slots.of_channel[channel] = s;
-      slots.is_rows[s] = split.is_rows;
-    }
-  }
-  return slots;
-}
-
 // Places the channels of one rank from the byte `start` on; gives where the message to it ends.
-int64_t place_rank(Job& job, const Slots& slots, int64_t first, int64_t last, int64_t start,
+int64_t place_rank(Channel* begin, Channel* end, const Request& request, int64_t start,
                    int64_t& origin) {
-  int64_t ids = 0, lengths = 0;
   const int64_t first_origin = origin;
-  for (int64_t c = first; c < last; ++c) {
-    const int64_t s = slots.of_channel[c];
-    if (s < 0) continue;
-    const Counts& own = job.totals[s];
-    Place& place = job.places[s];
-    place = {start + ids * job.request.id_bytes(), -1, 0, origin};
-    ids += own.ids;
-    if (slots.is_rows[s]) continue;
-    if (own.bags != own.ids) {
-      place.lengths = lengths;
-      lengths += own.bags;
-    }
-    if (job.request.is_weighted) origin += own.ids;
+  int64_t lengths = 0;
+  for (Channel* channel = begin; channel < end; ++channel) {
+    channel->ids = start;
+    start += channel->num_ids * request.id_bytes();
+    channel->origins = origin;
+    if (request.is_weighted && !channel->is_rows) origin += channel->num_ids;
+    const bool has_lengths = !channel->is_rows && channel->num_bags != channel->num_ids;
+    channel->lengths = has_lengths ? lengths : -1;
+    lengths += has_lengths ? channel->num_bags * 4 : 0;
   }
-  const int64_t lengths_start = start + ids * job.request.id_bytes();
-  const int64_t weights_start = lengths_start + lengths * 4;
-  for (int64_t c = first; c < last; ++c) {
-    const int64_t s = slots.of_channel[c];
-    if (s < 0) continue;
-    Place& place = job.places[s];
-    if (place.lengths >= 0) place.lengths = lengths_start + place.lengths * 4;
-    place.weights = weights_start + (place.origins - first_origin) * 4;
+  const int64_t weights_start = start + lengths;
+  for (Channel* channel = begin; channel < end; ++channel) {
+    if (channel->lengths >= 0) channel->lengths += start;
+    channel->weights = weights_start + (channel->origins - first_origin) * 4;
   }
   return (weights_start + (origin - first_origin) * 4 + 7) / 8 * 8;
 }
@@ -432,23 +426,23 @@ struct Results {
 
 Results place_all(Job& job) {
   const Request& request = job.request;
+  thread_local Scratch scratch;
+  job.channels = scratch.take<Channel>(request.num_channels());
+  assign_channels(job);
   add_up(job);
-  const Slots slots = number_slots(job);
-  job.places.resize(job.totals.size());
   Results results{make({request.num_ranks()}), make({request.num_channels(), 2}),
                   make({static_cast<int64_t>(job.splits.size())})};
   const int64_t* first = request.first_channel.data<int64_t>();
   for (int64_t q = 0; q < request.num_ranks(); ++q) {
-    const int64_t end =
-        place_rank(job, slots, first[q], first[q + 1], results.bytes, results.origins);
+    const int64_t end = place_rank(job.channels + first[q], job.channels + first[q + 1], request,
+                                   results.bytes, results.origins);
     results.sizes.mutable_data<int64_t>()[q] = end - results.bytes;
     results.bytes = end;
   }
   int64_t* counts = results.counts.mutable_data<int64_t>();
   for (int64_t c = 0; c < request.num_channels(); ++c) {
-    const int64_t s = slots.of_channel[c];
-    counts[2 * c] = s < 0 ? 0 : job.totals[s].bags;
-    counts[2 * c + 1] = s < 0 ? 0 : job.totals[s].ids;
+    counts[2 * c] = job.channels[c].num_bags;
+    counts[2 * c + 1] = job.channels[c].num_ids;
   }
   int64_t* bad = results.bad_counts.mutable_data<int64_t>();
   std::fill_n(bad, job.splits.size(), 0);
@@ -463,24 +457,52 @@ Cursor<Out>* set_cursors(const Job& job, const Task& task, Scratch& scratch) {
   const Split& split = job.splits[task.split];
   auto* cursors = scratch.take<Cursor<Out>>(split.num_slots);
   for (int64_t s = 0; s < split.num_slots; ++s) {
-    const Place& place = job.places[split.first_slot + s];
+    const Channel& channel = job.channel(split, s);
     const Counts& before = job.counts[task.first_count + s];
-    auto* lengths = reinterpret_cast<int32_t*>(job.message + place.lengths);
-    cursors[s] = {reinterpret_cast<Out*>(job.message + place.ids) + before.ids,
-                  place.lengths < 0 ? nullptr : lengths,
-                  reinterpret_cast<float*>(job.message + place.weights) + before.ids,
-                  job.origins + place.origins + before.ids,
+    auto* lengths = reinterpret_cast<int32_t*>(job.message + channel.lengths);
+    cursors[s] = {reinterpret_cast<Out*>(job.message + channel.ids) + before.ids,
+                  channel.lengths < 0 ? nullptr : lengths,
+                  reinterpret_cast<float*>(job.message + channel.weights) + before.ids,
+                  job.origins + channel.origins + before.ids,
                   split.is_rows ? before.ids : before.bags,
                   0};
   }
   return cursors;
 }
 
-template <typename Id, typename Out, bool kIsWeighted>
-void write_partials(const Job& job, const Task& task, Cursor<Out>* cursors, int32_t* touched) {
+// The slots that a bag touches, to be visited in order.
+struct FewSlots {  // up to 64
+  static constexpr int64_t kMostSlots = 64;
+  uint64_t mask = 0;
+
+  explicit FewSlots(int64_t) {}
+  void add(int64_t slot, bool) { mask |= uint64_t{1} << slot; }
+  template <typename Body>
+  void visit(const Body& body) {
+    for (; mask != 0; mask &= mask - 1) body(std::countr_zero(mask));
+  }
+};
+struct ManySlots {
+  std::vector<int32_t> touched;
+
+  explicit ManySlots(int64_t num_slots) { touched.reserve(num_slots); }
+  void add(int64_t slot, bool is_new) {
+    if (is_new) touched.push_back(static_cast<int32_t>(slot));
+  }
+  template <typename Body>
+  void visit(const Body& body) {
+    if (touched.size() > 1) std::sort(touched.begin(), touched.end());
+    for (const int32_t slot : touched) body(slot);
+    touched.clear();
+  }
+};
+
+template <typename Id, typename Out, bool kIsWeighted, typename Slots>
+void write_partials(const Job& job, const Task& task, Cursor<Out>* cursors) {
   const Split& split = job.splits[task.split];
   Entry* entry = job.entries + task.first_entry;
   const float* weights = kIsWeighted ? job.request.weights.data<float>() : nullptr;
+  Slots slots(split.num_slots);
   for (size_t k = task.first_piece; k < task.last_piece; ++k) {
     const Piece& piece = job.pieces[k];
     const int64_t* starts = job.starts + piece.first_bag;
@@ -488,12 +510,11 @@ void write_partials(const Job& job, const Task& task, Cursor<Out>* cursors, int3
     const int32_t* found = job.found + split.first_item + piece.item - starts[0];
     int64_t* ends = job.entry_ends + split.first_bag + piece.number;
     for (int64_t b = 0; b < piece.num_bags; ++b) {
-      int64_t num_touched = 0;
       for (int64_t i = starts[b]; i < starts[b + 1]; ++i) {
         if (found[i] < 0) continue;
         const Block& block = split.cutting[found[i]];
         Cursor<Out>& cursor = cursors[block.slot];
-        if (cursor.pending++ == 0) touched[num_touched++] = static_cast<int32_t>(block.slot);
+        slots.add(block.slot, cursor.pending++ == 0);
         const int64_t row = resolve(ids[i], split.cutting.num_rows(), job.request.policy);
         *cursor.ids++ = static_cast<Out>(row - block.base);
         if constexpr (kIsWeighted) {
@@ -501,13 +522,12 @@ void write_partials(const Job& job, const Task& task, Cursor<Out>* cursors, int3
           *cursor.origins++ = i;
         }
       }
-      if (num_touched > 1) std::sort(touched, touched + num_touched);
-      for (int64_t n = 0; n < num_touched; ++n) {
-        Cursor<Out>& cursor = cursors[touched[n]];
+      slots.visit([&](int32_t slot) {
+        Cursor<Out>& cursor = cursors[slot];
         if (cursor.lengths != nullptr) cursor.lengths[cursor.position] = cursor.pending;
         cursor.pending = 0;
-        *entry++ = {touched[n], cursor.position++};
-      }
+        *entry++ = {slot, cursor.position++};
+      });
       ends[b] = entry - job.entries;
     }
   }
@@ -518,38 +538,95 @@ template <typename Id, typename Out>
 void write_rows(const Job& job, const Task& task, Cursor<Out>* cursors) {
   const Split& split = job.splits[task.split];
   Entry* entry = job.entries + task.first_entry;
+  thread_local Scratch scratch;
   for (size_t k = task.first_piece; k < task.last_piece; ++k) {
     const Piece& piece = job.pieces[k];
     const int64_t* starts = job.starts + piece.first_bag;
     const Id* ids = ids_of<Id>(job, piece);
     const int32_t* found = job.found + split.first_item + piece.item;
     const int32_t* firsts = job.firsts + split.first_item + piece.item;
-    int64_t* ends = job.entry_ends + split.first_bag + piece.number;
-    for (int64_t i = 0; i < job.num_ids(piece); ++i) {
-      if (firsts[i] == piece.item + i) {
-        const Block& block = split.cutting[found[i]];
-        Cursor<Out>& cursor = cursors[block.slot];
-        const int64_t row = resolve(ids[i], split.cutting.num_rows(), job.request.policy);
-        *cursor.ids++ = static_cast<Out>(row - block.base);
-        entry[i] = {static_cast<int32_t>(block.slot), cursor.position++};
-      } else if (firsts[i] < 0) {
-        entry[i] = {-1, 0};
-      }
+    const int64_t count = job.num_ids(piece);
+    // Listed first, without a branch, for which ids come first is not foreseeable.
+    auto* news = scratch.take<int32_t>(count + 1);
+    int64_t num_news = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      news[num_news] = static_cast<int32_t>(i);
+      num_news += firsts[i] == piece.item + i;
     }
-    entry += job.num_ids(piece);
+    for (int64_t n = 0; n < num_news; ++n) {
+      const int32_t i = news[n];
+      const Block& block = split.cutting[found[i]];
+      Cursor<Out>& cursor = cursors[block.slot];
+      const int64_t row = resolve(ids[i], split.cutting.num_rows(), job.request.policy);
+      *cursor.ids++ = static_cast<Out>(row - block.base);
+      entry[i] = {static_cast<int32_t>(block.slot), cursor.position++};
+    }
+    entry += count;
+    int64_t* ends = job.entry_ends + split.first_bag + piece.number;
     for (int64_t b = 0; b < piece.num_bags; ++b) {
       ends[b] = (entry - job.entries) - (starts[piece.num_bags] - starts[b + 1]);
     }
   }
 }
 
+// Lists, without a branch, the numbers i in [0, count) for which test(i): whether a row repeats is
+// not foreseeable. Gives how many there are.
+template <typename Test>
+int64_t list(int64_t count, int32_t* numbers, const Test& test) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    numbers[size] = static_cast<int32_t>(i);
+    size += test(i);
+  }
+  return size;
+}
+
+// Writes the rows that occur first in this task, and their entries.
+template <typename Id, typename Out>
+void write_rows(const Job& job, const Task& task, Cursor<Out>* cursors) {
+  const Split& split = job.splits[task.split];
+  Entry* entry = job.entries + task.first_entry;
+  thread_local Scratch scratch;
+  auto* news = scratch.take<int32_t>(task.num_ids + 1);
+  for (size_t k = task.first_piece; k < task.last_piece; ++k) {
+    const Piece& piece = job.pieces[k];
+    const int64_t* starts = job.starts + piece.first_bag;
+    const Id* ids = ids_of<Id>(job, piece);
+    const int32_t* found = job.found + split.first_item + piece.item;
+    const int32_t* firsts = job.firsts + split.first_item + piece.item;
+    const int64_t count = job.num_ids(piece);
+    const int64_t num_news =
+        list(count, news, [&](int64_t i) { return firsts[i] == piece.item + i; });
+    for (int64_t n = 0; n < num_news; ++n) {
+      const int32_t i = news[n];
+      const Block& block = split.cutting[found[i]];
+      Cursor<Out>& cursor = cursors[block.slot];
+      const int64_t row = resolve(ids[i], split.cutting.num_rows(), job.request.policy);
+      *cursor.ids++ = static_cast<Out>(row - block.base);
+      entry[i] = {static_cast<int32_t>(block.slot), cursor.position++};
+    }
+    entry += count;
+    int64_t* ends = job.entry_ends + split.first_bag + piece.number;
+    for (int64_t b = 0; b < piece.num_bags; ++b) {
+      ends[b] = (entry - job.entries) - (starts[piece.num_bags] - starts[b + 1]);
+    }
+  }
+}
+
+// Gives each repeat in the task the entry of the first id of the same row.
 void copy_entries(const Job& job, const Task& task) {
   const Split& split = job.splits[task.split];
   Entry* entries = job.entries + job.tasks[split.first_task].first_entry;
-  const int32_t* firsts = job.firsts + split.first_item;
   const int64_t begin = job.pieces[task.first_piece].item;
-  for (int64_t i = begin; i < begin + task.num_ids; ++i) {
-    if (firsts[i] >= 0 && firsts[i] != i) entries[i] = entries[firsts[i]];
+  const int32_t* firsts = job.firsts + split.first_item;
+  thread_local Scratch scratch;
+  auto* repeats = scratch.take<int32_t>(task.num_ids + 1);
+  const int64_t num_repeats = list(task.num_ids, repeats, [&](int64_t i) {
+    return firsts[begin + i] != begin + i;
+  });
+  for (int64_t n = 0; n < num_repeats; ++n) {
+    const int32_t first = firsts[begin + repeats[n]];
+    entries[begin + repeats[n]] = first < 0 ? Entry{-1, 0} : entries[first];
   }
 }
 
@@ -557,17 +634,19 @@ template <typename Id, typename Out>
 void write(const Job& job) {
   const auto num_tasks = static_cast<int64_t>(job.tasks.size());
   run_tasks(num_tasks, job.is_small, [&](int64_t t) {
-    thread_local Scratch for_cursors, for_touched;
+    thread_local Scratch scratch;
     const Task& task = job.tasks[t];
     const Split& split = job.splits[task.split];
-    Cursor<Out>* cursors = set_cursors<Out>(job, task, for_cursors);
-    int32_t* touched = for_touched.take<int32_t>(split.num_slots);
+    Cursor<Out>* cursors = set_cursors<Out>(job, task, scratch);
+    const bool is_weighted = job.request.is_weighted;
     if (split.is_rows) {
       write_rows<Id>(job, task, cursors);
-    } else if (job.request.is_weighted) {
-      write_partials<Id, Out, true>(job, task, cursors, touched);
+    } else if (split.num_slots <= FewSlots::kMostSlots) {
+      is_weighted ? write_partials<Id, Out, true, FewSlots>(job, task, cursors)
+                  : write_partials<Id, Out, false, FewSlots>(job, task, cursors);
     } else {
-      write_partials<Id, Out, false>(job, task, cursors, touched);
+      is_weighted ? write_partials<Id, Out, true, ManySlots>(job, task, cursors)
+                  : write_partials<Id, Out, false, ManySlots>(job, task, cursors);
     }
   });
   run_tasks(num_tasks, job.is_small, [&](int64_t t) {

@@ -533,42 +533,6 @@ void write_partials(const Job& job, const Task& task, Cursor<Out>* cursors) {
   }
 }
 
-// Writes the rows that occur first in this task, and their entries.
-template <typename Id, typename Out>
-void write_rows(const Job& job, const Task& task, Cursor<Out>* cursors) {
-  const Split& split = job.splits[task.split];
-  Entry* entry = job.entries + task.first_entry;
-  thread_local Scratch scratch;
-  for (size_t k = task.first_piece; k < task.last_piece; ++k) {
-    const Piece& piece = job.pieces[k];
-    const int64_t* starts = job.starts + piece.first_bag;
-    const Id* ids = ids_of<Id>(job, piece);
-    const int32_t* found = job.found + split.first_item + piece.item;
-    const int32_t* firsts = job.firsts + split.first_item + piece.item;
-    const int64_t count = job.num_ids(piece);
-    // Listed first, without a branch, for which ids come first is not foreseeable.
-    auto* news = scratch.take<int32_t>(count + 1);
-    int64_t num_news = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      news[num_news] = static_cast<int32_t>(i);
-      num_news += firsts[i] == piece.item + i;
-    }
-    for (int64_t n = 0; n < num_news; ++n) {
-      const int32_t i = news[n];
-      const Block& block = split.cutting[found[i]];
-      Cursor<Out>& cursor = cursors[block.slot];
-      const int64_t row = resolve(ids[i], split.cutting.num_rows(), job.request.policy);
-      *cursor.ids++ = static_cast<Out>(row - block.base);
-      entry[i] = {static_cast<int32_t>(block.slot), cursor.position++};
-    }
-    entry += count;
-    int64_t* ends = job.entry_ends + split.first_bag + piece.number;
-    for (int64_t b = 0; b < piece.num_bags; ++b) {
-      ends[b] = (entry - job.entries) - (starts[piece.num_bags] - starts[b + 1]);
-    }
-  }
-}
-
 // Lists, without a branch, the numbers i in [0, count) for which test(i): whether a row repeats is
 // not foreseeable. Gives how many there are.
 template <typename Test>

@@ -1,0 +1,256 @@
+"""What the holder of slices does with the gradients that arrive.
+
+Slices whose rows nobody else holds, whole or in part, are updated at once, inside the operators.
+Of replicas, and of rows of which a rule must know further columns that lie elsewhere, the gradients
+of the distinct rows are made first; then replicas add theirs up, row sums are exchanged (see
+`rows`), and the rule runs. Every rank takes part in these messages, whatever it holds.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.lookup import (
+    Ids,
+    RowGrads,
+    Update,
+    Way,
+    apply_update,
+    as_sparse,
+    dense_grads,
+    restrict,
+    row_grads,
+    run_update,
+    sparse_grads,
+    weight_grads,
+)
+from shardwise.sharding.layout import Layout, Region
+from shardwise.sharding.placement import Placement
+from shardwise.sharding.rows import Replicas, RowSums
+from shardwise.sharding.wire import Wire
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RegionWay:
+    """How gradients of one lookup reach its slices, which are numbered within the region.
+
+    Attributes:
+        way: Of those that need no other rank.
+        explicit: The others, and
+        features: the lookup's features that read them.
+    """
+
+    way: Way
+    explicit: tuple[int, ...]
+    features: Tensor
+
+    def bring_back(
+        self, grad: Tensor, call: Ids, tables: Sequence[Tensor], wants_weights: bool
+    ) -> tuple[Tensor | None, dict[int, Tensor], dict[int, RowGrads]]:
+        """Take the gradient of a lookup's result to its slices.
+
+        Returns:
+            The gradient of the weights [V], if asked for; gradients of slices that keep one; and
+            distinct rows with their gradients of slices that need other ranks.
+        """
+        weights = weight_grads(grad, call, tables) if wants_weights else None  # before any update
+        grads: dict[int, Tensor] = {}
+        touched: dict[int, RowGrads] = {}
+        if self.way.dense:
+            found = dense_grads(grad, call, self.way, tables)
+            grads |= zip(self.way.dense, found, strict=True)
+        if self.way.sparse:
+            found = sparse_grads(grad, call, self.way, tables)
+            grads |= zip(self.way.sparse, found, strict=True)
+        if self.explicit:
+            own = call._replace(features=self.features)
+            pairs = row_grads(grad, own, [tables[t] for t in self.explicit])
+            touched |= zip(self.explicit, pairs, strict=True)
+        for update in self.way.updates:
+            run_update(grad, call, update, tables)
+        return weights, grads, touched
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlicesWay(Way):
+    """How gradients reach the slices here: those without a rule, by `sparse` and `dense`.
+
+    Attributes:
+        regions: By the first cell of a region and the one after its last.
+        explicit: Slices that need other ranks.
+        last: The rules of these, for slices by number; to be run when the gradients are complete.
+    """
+
+    regions: dict[tuple[int, int], RegionWay]
+    explicit: frozenset[int]
+    last: tuple[Update, ...]
+
+    def of(self, region: Region) -> RegionWay:
+        """Give the way of a region."""
+        return self.regions[region.first, region.last]
+
+
+class Owners:
+    """The slices of this rank, and what binds them to those of other ranks.
+
+    Args:
+        layout: What lies here.
+        placements: Of all tables.
+        wire: Connects the ranks.
+        path: The collection's, for messages.
+    """
+
+    def __init__(
+        self, layout: Layout, placements: Sequence[Placement], wire: Wire, path: str
+    ) -> None:
+        """Find who holds the same rows."""
+        self._layout, self._cells = layout, layout.cells
+        self._placements, self._wire, self._path = placements, wire, path
+        self._replicas = Replicas(layout.cells, placements, wire, path)
+        self._is_cut = [len(p.column_cuts) > 2 for p in placements]
+
+    def complete(self, update: Update) -> Update:
+        """Let a rule wait for the row sums of whole rows, where columns are cut and it has any."""
+        cells = [self._cells[cell] for cell in update.tables]
+        if not self._has_cut_rows(update):
+            return update
+        return replace(update, complete=RowSums(cells, self._placements, self._wire, self._path))
+
+    def _has_cut_rows(self, update: Update) -> bool:
+        """Whether a rule has row sums of columns on several ranks; alike on all ranks."""
+        is_cut = any(self._is_cut[self._cells[cell].table] for cell in update.tables)
+        return update.rule.num_sums > 0 and is_cut
+
+    # ---- planning
+
+    def plan_backward(self, updates: Sequence[Update], *, is_sparse: bool) -> SlicesWay:
+        """Choose each slice's way of backward.
+
+        Args:
+            updates: Rules, each for all slices here of some tables.
+            is_sparse: Row-sparse gradients for slices without a rule.
+
+        Raises:
+            ValueError: Two rules own one slice.
+        """
+        every = range(len(self._cells))
+        owned = [cell for update in updates for cell in update.tables]
+        if len(owned) != len(set(owned)):
+            raise ValueError(f"two update rules own one slice: {sorted(owned)}")
+        fused = [update for update in updates if update.in_backward]
+        explicit = {i for i in every if len(self._cells[i].replicas) > 1}
+        for update in filter(self._has_cut_rows, fused):
+            own = [self._cells[cell] for cell in update.tables]
+            explicit |= {
+                number
+                for number, cell in zip(update.tables, own, strict=True)
+                if self._is_cut[cell.table] and cell.block is not None
+            }
+        at_step = {c for update in updates if not update.in_backward for c in update.tables}
+        plain = set(every) - set(owned)
+        sparse = at_step | plain if is_sparse else at_step
+        dense = plain - sparse
+        layout = self._layout
+        regions = {
+            (region.first, region.last): _plan_region(region, fused, explicit, sparse, dense)
+            for region in (layout.everywhere, layout.owned, layout.relayed)
+        }
+        last = [self._at_last(update, explicit) for update in fused]
+        return SlicesWay(
+            updates=(),
+            sparse=tuple(sorted(sparse)),
+            sparse_features=torch.empty(0, 4, dtype=torch.int64),
+            dense=tuple(sorted(dense)),
+            dense_features=torch.empty(0, 4, dtype=torch.int64),
+            regions=regions,
+            explicit=frozenset(explicit),
+            last=tuple(update for update in last if update is not None),
+        )
+
+    def _at_last(self, update: Update, explicit: Collection[int]) -> Update | None:
+        """Give the part of a rule that runs when gradients are complete, if it has any to run."""
+        part = _share(update, explicit, 0)
+        if not part.tables and not self._has_cut_rows(update):
+            return None
+        if not self._has_cut_rows(update):
+            return part
+        cells = [self._cells[cell] for cell in part.tables]
+        return replace(part, complete=RowSums(cells, self._placements, self._wire, self._path))
+
+    # ---- backward
+
+    def finish(
+        self, touched: Mapping[int, RowGrads], tables: Sequence[Tensor], way: SlicesWay
+    ) -> dict[int, Tensor]:
+        """Bring the gradients of slices that need other ranks to an end; every rank must.
+
+        Args:
+            touched: Distinct rows and their gradients, by the slice's number.
+            tables: All slices here.
+            way: What becomes of them.
+
+        Returns:
+            Gradients of the slices that keep one, by number.
+        """
+        found = self._replicas.merge(touched, tables)
+        for update in way.last:
+            rows = [found[cell][0] for cell in update.tables]
+            grads = [found[cell][1] for cell in update.tables]
+            apply_update(update, [tables[cell] for cell in update.tables], rows, grads)
+        result = {c: as_sparse(tables[c], *found[c]) for c in way.explicit & {*way.sparse}}
+        for cell in way.explicit & {*way.dense}:
+            index, values = found[cell]
+            zeros = torch.zeros_like(tables[cell])
+            result[cell] = zeros.index_copy_(0, index, values.to(zeros.dtype))
+        return result
+
+
+def _plan_region(
+    region: Region,
+    updates: Sequence[Update],
+    explicit: Collection[int],
+    sparse: Collection[int],
+    dense: Collection[int],
+) -> RegionWay:
+    own = range(region.first, region.last)
+    fast = {cell for cell in own if cell not in explicit}
+
+    def numbers(cells: Collection[int]) -> tuple[int, ...]:
+        return tuple(cell - region.first for cell in own if cell in cells)
+
+    shares = [_share(update, fast, region.first) for update in updates]
+    by_rows, dense_ones = numbers(fast & {*sparse}), numbers(fast & {*dense})
+    way = Way(
+        updates=tuple(
+            replace(share, features=restrict(region.features, share.tables))
+            for share in shares
+            if share.tables
+        ),
+        sparse=by_rows,
+        sparse_features=restrict(region.features, by_rows),
+        dense=dense_ones,
+        dense_features=restrict(region.features, dense_ones),
+    )
+    others = numbers(explicit)
+    return RegionWay(way=way, explicit=others, features=restrict(region.features, others))
+
+
+def _share(update: Update, cells: Collection[int], first: int) -> Update:
+    """Take the part of a rule that is of some slices, numbered from `first`.
+
+    They are a run of the rule's slices (see `layout.Kind`), so its steps stay one tensor.
+    """
+    places = [place for place, cell in enumerate(update.tables) if cell in cells]
+    low, high = (places[0], places[-1] + 1) if places else (0, 0)
+    assert high - low == len(places), "slices are ordered by what their gradients need"
+    count = len(update.rule.states)
+    return replace(
+        update,
+        tables=tuple(cell - first for cell in update.tables[low:high]),
+        states=update.states[low * count : high * count],
+        steps=update.steps[low:high],
+        slots=update.slots[low:high],
+        complete=None,
+    )

@@ -1,11 +1,13 @@
 """Adagrad with one accumulator per row, for parameters with ordinary gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+
+from shardwise.optim.slices import WholeRows, owner_of
 
 
 class RowWiseAdagrad(torch.optim.Optimizer):
@@ -94,42 +96,74 @@ class RowWiseAdagrad(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        means = _means_of_whole_rows(self.param_groups)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None and param.numel():
-                    _update(param, param.grad, self.state[param], group)
+                    _update(param, self.state[param], group, means.get(param))
         return loss
 
 
-def _update(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+def _means_of_whole_rows(groups: Sequence[dict[str, Any]]) -> dict[Tensor, Tensor]:
+    """Give the mean squared gradients [N] of rows that go on in other slices than a parameter."""
+    by_owner: dict[WholeRows, dict[int, Tensor]] = {}
+    numbers: dict[Tensor, tuple[WholeRows, int]] = {}
+    for group in groups:
+        for param in group["params"]:
+            owner = owner_of(param)
+            if owner is None or owner.rows is None:
+                continue
+            sums = by_owner.setdefault(owner.rows, {})
+            if param.grad is not None and param.numel():
+                numbers[param] = owner.rows, owner.number
+                grad = _prepared(param, group)
+                values = grad.values() if grad.is_sparse else grad
+                sums[owner.number] = values.float().square().sum(1)
+    means = {owner: owner.mean(sums) for owner, sums in by_owner.items()}
+    return {param: means[owner][number] for param, (owner, number) in numbers.items()}
+
+
+def _prepared(param: Tensor, group: dict[str, Any]) -> Tensor:
+    """Give the gradient with sign and decay; coalesced if it is sparse."""
+    grad = param.grad
+    assert grad is not None, "a parameter is updated when it has a gradient"
     if grad.is_sparse and grad.sparse_dim() != 1:
         raise ValueError(
             f"RowWiseAdagrad: parameter {tuple(param.shape)} has a gradient that is sparse in "
             f"{grad.sparse_dim()} dimensions; only rows may be sparse"
         )
-    state["step"] += 1
-    rate = group["lr"] / (1 + (state["step"].item() - 1) * group["lr_decay"])
     if group["maximize"]:
         grad = -grad
     if group["weight_decay"]:
         grad = grad.to_dense() if grad.is_sparse else grad
         grad = grad.add(param, alpha=group["weight_decay"])
+    return grad.coalesce() if grad.is_sparse else grad
+
+
+def _update(
+    param: Tensor, state: dict[str, Any], group: dict[str, Any], means: Tensor | None
+) -> None:
+    grad = _prepared(param, group)
+    state["step"] += 1
+    rate = group["lr"] / (1 + (state["step"].item() - 1) * group["lr_decay"])
     total = state["sum"]
     if grad.is_sparse:
-        grad = grad.coalesce()
         rows, values = grad.indices()[0], grad.values()
         touched = total[rows]
-        step = _add_up(values[..., None].flatten(1), touched, rate, group)
+        step = _add_up(values[..., None].flatten(1), touched, rate, group["eps"], means)
         total.index_copy_(0, rows, touched)
         param.index_copy_(0, rows, (param[rows] - step.view_as(values)).to(param.dtype))
     else:
-        step = _add_up(grad.reshape(total.shape[0], -1), total, rate, group)
+        flat = grad.reshape(total.shape[0], -1)
+        step = _add_up(flat, total, rate, group["eps"], means)
         param.copy_(param - step.view(param.shape))
 
 
-def _add_up(grad: Tensor, total: Tensor, rate: float | Tensor, group: dict[str, Any]) -> Tensor:
+def _add_up(
+    grad: Tensor, total: Tensor, rate: float | Tensor, eps: float, means: Tensor | None
+) -> Tensor:
     """Add to the sums of rows in place, and give what to subtract from the rows."""
     grad = grad.to(total.dtype)
-    total += grad.square().mean(1, keepdim=True)
-    denominator: Tensor = total.sqrt() + group["eps"]
+    total += grad.square().mean(1, keepdim=True) if means is None else means[:, None]
+    denominator: Tensor = total.sqrt() + eps
     return rate * grad / denominator

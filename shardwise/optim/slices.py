@@ -1,5 +1,6 @@
 """What an optimizer must know of a parameter that is a slice of a table on many ranks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -16,6 +17,18 @@ class Ranks(Protocol):
         """Give the sum or the maximum over the ranks, in place or not."""
 
 
+@runtime_checkable
+class WholeRows(Protocol):
+    """Knows where the further columns of slices lie."""
+
+    def mean(self, sums: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Give means over whole rows [N] from sums over the columns of slices, by their number.
+
+        Every rank calls it, whatever slices it has; those that have columns of the same rows must
+        have sums of the same ones.
+        """
+
+
 @dataclass(frozen=True)
 class SliceOwner:
     """Who holds a table.
@@ -23,10 +36,14 @@ class SliceOwner:
     Attributes:
         ranks: The ranks that hold its slices, or could.
         is_counted: Whether this rank speaks for the slice: of its replicas, one does.
+        number: The slice's, among those of its collection here.
+        rows: What completes row sums; None if the rows of all tables of the collection are whole.
     """
 
     ranks: Ranks
     is_counted: bool
+    number: int = 0
+    rows: WholeRows | None = None
 
 
 def own(param: torch.nn.Parameter, owner: SliceOwner) -> None:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from shardwise.ops.lookup import Ids, Pooling, RowGrads, Update, Way, lookup
 from shardwise.ops.lookup.reference import bag_counts
+from shardwise.optim.slices import WholeRows
 from shardwise.sharding.codecs import Codecs
 from shardwise.sharding.hop import Hop, Trip
 from shardwise.sharding.layout import Cell, Ranks, Region, lay_out
@@ -126,6 +127,11 @@ class Exchange:
     def at_step(self, update: Update) -> Update:
         """Give an update that adds up over ranks what it needs when it runs by itself."""
         return self._owners.complete(update)
+
+    @property
+    def whole_rows(self) -> WholeRows | None:
+        """What completes row sums of slices for plain optimizers; None if all rows are whole."""
+        return self._owners.whole_rows
 
     def __call__(
         self,

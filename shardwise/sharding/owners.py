@@ -26,6 +26,7 @@ from shardwise.ops.lookup import (
     sparse_grads,
     weight_grads,
 )
+from shardwise.optim.slices import WholeRows
 from shardwise.sharding.layout import Layout, Region
 from shardwise.sharding.placement import Placement
 from shardwise.sharding.rows import Replicas, RowSums
@@ -122,6 +123,21 @@ class Owners:
         """Whether a rule has row sums of columns on several ranks; alike on all ranks."""
         is_cut = any(self._is_cut[self._cells[cell].table] for cell in update.tables)
         return update.rule.num_sums > 0 and is_cut
+
+    @property
+    def whole_rows(self) -> WholeRows | None:
+        """What completes row sums for an optimizer of gradients; None if all rows are whole."""
+        return self if any(self._is_cut) else None
+
+    def mean(self, sums: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Give means over whole rows [N] from sums over the columns of slices, by their number."""
+        none = torch.empty(0)
+        every = [sums.get(cell, none) for cell in range(len(self._cells))]
+        counts = [len(one) for one in every]
+        add = RowSums(self._cells, self._placements, self._wire, self._path)
+        totals = add(torch.cat(every)[:, None], counts).split(counts)
+        widths = [self._placements[cell.table].num_columns for cell in self._cells]
+        return {cell: totals[cell][:, 0] / widths[cell] for cell in sums}
 
     # ---- planning
 

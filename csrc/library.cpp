@@ -34,6 +34,9 @@ constexpr Entry kCpuKernels[] = {
     {"weight_grads", cpu::weight_grads},
     {"route", cpu::route},
     {"unpack", cpu::unpack},
+    {"combine", cpu::combine},
+    {"combine_grad", cpu::combine_grad},
+    {"combine_weight_grads", cpu::combine_weight_grads},
 };
 
 void define_schemas() {

@@ -20,5 +20,8 @@ void row_grads(StableIValue* stack, uint64_t, uint64_t);
 void weight_grads(StableIValue* stack, uint64_t, uint64_t);
 void route(StableIValue* stack, uint64_t, uint64_t);
 void unpack(StableIValue* stack, uint64_t, uint64_t);
+void combine(StableIValue* stack, uint64_t, uint64_t);
+void combine_grad(StableIValue* stack, uint64_t, uint64_t);
+void combine_weight_grads(StableIValue* stack, uint64_t, uint64_t);
 
 }  // namespace shardwise::cpu

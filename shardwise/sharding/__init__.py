@@ -1,6 +1,7 @@
 """Tables over many ranks: what lies where, and how ids and vectors travel."""
 
 from shardwise.sharding.agreement import check_equal_plans, plan_hash
+from shardwise.sharding.awaitable import Awaitable, LazyAwaitable, NoWait
 from shardwise.sharding.builders import (
     answered,
     column_wise,
@@ -12,7 +13,17 @@ from shardwise.sharding.builders import (
     table_row_wise,
     table_wise,
 )
+from shardwise.sharding.dense import dense_parallel
 from shardwise.sharding.environment import ShardingEnv, get_local_rank, get_local_size
+from shardwise.sharding.model_parallel import (
+    DataParallelWrapper,
+    DefaultDataParallelWrapper,
+    DistributedModelParallel,
+    get_module,
+    get_unsharded_module_names,
+    get_unwrapped_module,
+    shard_modules,
+)
 from shardwise.sharding.parameter_sharding import (
     EmbeddingComputeKernel,
     EnumerableShardingSpec,
@@ -27,29 +38,75 @@ from shardwise.sharding.plan import (
     construct_module_sharding_plan,
     place_tables,
 )
+from shardwise.sharding.shard import shard, sharded_parameters
+from shardwise.sharding.sharded_modules import (
+    ShardedEmbeddingBagCollection,
+    ShardedEmbeddingCollection,
+    ShardedFeatureProcessedEmbeddingBagCollection,
+    ShardedFusedEmbeddingBagCollection,
+    ShardedFusedEmbeddingCollection,
+    ShardedModule,
+)
+from shardwise.sharding.sharders import (
+    EmbeddingBagCollectionSharder,
+    EmbeddingCollectionSharder,
+    FeatureProcessedEmbeddingBagCollectionSharder,
+    FusedEmbeddingBagCollectionSharder,
+    FusedEmbeddingCollectionSharder,
+    ModuleSharder,
+    get_default_sharders,
+)
+from shardwise.sharding.sliced import SlicedTensor
 
 __all__ = [
+    "Awaitable",
+    "DataParallelWrapper",
+    "DefaultDataParallelWrapper",
+    "DistributedModelParallel",
+    "EmbeddingBagCollectionSharder",
+    "EmbeddingCollectionSharder",
     "EmbeddingComputeKernel",
     "EmbeddingModuleShardingPlan",
     "EnumerableShardingSpec",
+    "FeatureProcessedEmbeddingBagCollectionSharder",
+    "FusedEmbeddingBagCollectionSharder",
+    "FusedEmbeddingCollectionSharder",
+    "LazyAwaitable",
+    "ModuleSharder",
+    "NoWait",
     "ParameterSharding",
     "Placement",
+    "ShardedEmbeddingBagCollection",
+    "ShardedEmbeddingCollection",
+    "ShardedFeatureProcessedEmbeddingBagCollection",
+    "ShardedFusedEmbeddingBagCollection",
+    "ShardedFusedEmbeddingCollection",
+    "ShardedModule",
     "ShardingEnv",
     "ShardingPlan",
     "ShardingType",
     "Slice",
+    "SlicedTensor",
     "answered",
     "apply_to_all",
     "check_equal_plans",
     "column_wise",
     "construct_module_sharding_plan",
     "data_parallel",
+    "dense_parallel",
+    "get_default_sharders",
     "get_local_rank",
     "get_local_size",
+    "get_module",
+    "get_unsharded_module_names",
+    "get_unwrapped_module",
     "grid_shard",
     "place_tables",
     "plan_hash",
     "row_wise",
+    "shard",
+    "shard_modules",
+    "sharded_parameters",
     "slices",
     "table_column_wise",
     "table_row_wise",

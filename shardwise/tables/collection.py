@@ -301,5 +301,8 @@ class TableCollection(nn.Module, abc.ABC):
                 f"has ids 0 to {rows - 1}; enlarge num_embeddings, map the ids, or choose another "
                 f"policy by bad_ids"
             )
-        features.validate()  # names the key and the sample
+        try:
+            features.validate()  # names the key and the sample
+        except ValueError as named:
+            return named
         return ValueError(str(error))

@@ -101,6 +101,8 @@ class Store(nn.Module):
                 if first < last:
                     own = rows[first - drawn : last - drawn, columns]
                     self.weight[first - part.first_row : last - part.first_row].copy_(own)
+                if last == last_row:  # what is drawn after them is not ours
+                    break
 
     def _draw(self, block: int, seed: int) -> Iterator[tuple[int, Tensor]]:
         """Draw the whole rows of a block, in pieces with the number of their first row."""

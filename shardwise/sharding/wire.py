@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import lru_cache
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -126,6 +126,7 @@ class Wire:
         for number, host in enumerate(hosts):
             self._host_of[list(host)] = number
         self._is_far = self._host_of != self._host_of[self.rank]
+        self._num_far = int(self._is_far.sum())
         self._groups: dict[str, Any] = {}
         if group is None or self.world_size == 1:
             return
@@ -248,8 +249,9 @@ class Wire:
         self._num_meetings += 1
         if self.watch is not None and self._outer is None:
             self.watch.meetings = self._num_meetings
-        words = torch.tensor([[word, status]]).repeat(self.world_size, 1)
-        self._count(words, [1] * self.world_size, "meetings")
+        words = _words(word, status, self.world_size)
+        self.traffic["meetings"] += 16 * (self.world_size - 1)
+        self.between_hosts["meetings"] += 16 * self._num_far
         return self._send("meetings", step.tag, words, torch.empty_like(words))
 
     def gather_texts(self, text: str) -> list[str]:
@@ -339,9 +341,15 @@ class Wire:
                 self.watch.raised(None)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _word(tag: str) -> int:
     return int.from_bytes(hashlib.sha256(tag.encode()).digest()[:7])
+
+
+@lru_cache(maxsize=1024)
+def _words(word: int, status: int, world_size: int) -> Tensor:
+    """The message of a meeting, which is only read."""
+    return torch.tensor([[word, status]] * world_size)
 
 
 def _timeout(group: dist.ProcessGroup) -> float:

@@ -27,10 +27,11 @@ from shardwise.sharding.hop import Hop, Trip
 from shardwise.sharding.layout import Cell, Ranks, Region, lay_out
 from shardwise.sharding.owners import Owners, SlicesWay
 from shardwise.sharding.placement import Placement
-from shardwise.sharding.wire import Pending, Wire
+from shardwise.sharding.wire import Meeting, Pending, Wire
 from shardwise.tables.layout import Explain
 
 _BAD_ID = re.compile(r"(split|feature) (\d+), bag (\d+): id (-?\d+) is outside .* of (\d+) rows")
+_NAMED = 4  # tables that messages name
 _WANTS_WEIGHTS, _FAULT = 1, 2
 """Words that ranks send each other: gradients of weights are asked for; this rank has failed."""
 
@@ -46,6 +47,7 @@ class Passage:
         local_call: The lookup of tables that are everywhere, and
         local: its result; None where there is no such table.
         splits: Sizes of the runs of the result that come from here and from others, in turn.
+        meeting: Where the ranks tell one another whether they have failed.
         pending: What was sent last.
         wants_weights: Whether any rank asks for gradients of weights.
     """
@@ -56,6 +58,7 @@ class Passage:
     trip: Trip | None = None
     local_call: Ids | None = None
     local: Tensor | None = None
+    meeting: Meeting | None = None
     pending: Pending | None = None
     wants_weights: bool = False
 
@@ -101,14 +104,17 @@ class Exchange:
         self._features, self._wire = features, wire
         self._layout = layout = lay_out(features, placements, Ranks(wire.rank, wire.hosts))
         self.cells: list[Cell] = layout.cells
-        name = path or "tables"
-        self._tag = f"{name}: status"
+        name = path or "the collection"
+        names = [placement.table for placement in placements]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        name += f" (tables {', '.join(names[:_NAMED])}{more})"
+        self._name = name
         self._hop: Hop | None = None
         host = wire.within_host() if layout.has_relay else wire
         if layout.hop is not None:
             second = None
             if layout.relay is not None:
-                second = Hop(layout.relay, layout.relayed, host, f"{name}, relay")
+                second = Hop(layout.relay, layout.relayed, host, f"relay of {name}")
             self._hop = Hop(layout.hop, layout.owned, wire, name, second)
         self._owners = Owners(layout, placements, wire, name)
         is_local = torch.tensor(layout.is_everywhere, dtype=torch.bool)
@@ -180,19 +186,19 @@ class Exchange:
         except RuntimeError as error:
             self.refuse(explain(self._translate(error)))
         wants = call.is_weighted and call.weights.requires_grad
-        if self._hop is not None:
-            passage.pending = self._hop.send_counts(passage.trip, _WANTS_WEIGHTS * wants)
-        passage.wants_weights = wants
+        passage.meeting = self._wire.meet(f"ids of {self._name}", _WANTS_WEIGHTS * wants)
         return passage
 
     @torch.no_grad()
     def send(self, passage: Passage) -> None:
         """Learn what will come, and send the ids."""
-        word = self._agree(passage, _WANTS_WEIGHTS * passage.wants_weights)
-        if word >= _FAULT:
+        assert passage.meeting is not None, "a passage is sent once it is started"
+        word = max(passage.meeting.wait())
+        if word == _FAULT:
             self._wire.raise_together(None)
         passage.wants_weights = word == _WANTS_WEIGHTS
         if self._hop is not None and passage.trip is not None:
+            self._hop.take_counts(passage.trip, self._hop.send_counts(passage.trip))
             passage.pending = self._hop.send_ids(passage.trip)
 
     def finish(
@@ -215,21 +221,10 @@ class Exchange:
         Raises:
             Exception: The error of the first rank that has one.
         """
-        passage = Passage.__new__(Passage)
-        passage.trip = None
-        if self._hop is not None:
-            passage.pending = self._hop.send_counts(None, _FAULT)
-        if self._wire.world_size == 1:
-            raise error
-        self._agree(passage, _FAULT)
-        self._wire.raise_together(error)
-
-    def _agree(self, passage: Passage, word: int) -> int:
-        """Give the largest word of all ranks."""
-        if self._hop is not None and passage.pending is not None:
-            return self._hop.take_counts(passage.trip, passage.pending)
-        words = torch.tensor([word], dtype=torch.int32)
-        return int(self._wire.all_reduce(words, op="max", tag=self._tag))
+        if self._wire.world_size > 1:
+            self._wire.meet(f"ids of {self._name}", _FAULT, error).wait()
+            self._wire.raise_together(error)
+        raise error
 
     def _translate(self, error: RuntimeError) -> RuntimeError:
         """Name the feature and the table of the plain lookup in a fault."""
@@ -334,6 +329,8 @@ class Exchange:
             found.touched |= {region.first + cell: one for cell, one in touched.items()}
             return weights
 
+        if self._wire.world_size > 1:
+            self._wire.meet(f"gradients of {self._name}").wait()
         local, far = self._parts(passage, grad.contiguous())
         wants, weights = passage.wants_weights, None
         if self._hop is not None and passage.trip is not None and far is not None:

@@ -1,13 +1,15 @@
 """One exchange of ids for vectors among some ranks: its stages, on the way out and back.
 
-Out: *route* turns a call's ids into one message per rank. Then every rank sends every other the
-counts of its channels (8 bytes each) and a word, and next the message; it looks up what arrived, in
-the order in which it goes back, and sends the vectors; *combine* makes the result of them. Back:
-the result's gradient becomes that of the vectors and returns to where they came from. That of the
-ids' weights, when some rank asks for it, makes one more way home.
+Out: *route* turns a call's ids into one message per rank. Every rank sends every other the counts
+of its channels, 8 bytes each, and then the message; it looks up what arrived, in the order in which
+it goes back, and sends the vectors; *combine* makes the result of them. Back: the result's gradient
+becomes that of the vectors and returns to where they came from. That of the ids' weights, when some
+rank asks for it, makes one more way home.
 
 What is to go by relay is handed to a second hop among the ranks of the host, as a call of its own
 whose sources are the ranks that sent it.
+
+Before all this the ranks have met, see `Wire.meet`.
 """
 
 from collections import Counter
@@ -22,7 +24,7 @@ from shardwise.ops.combine import Call, combine, combine_grad, combine_weight_gr
 from shardwise.ops.lookup import BadIds, Ids, Way, lookup
 from shardwise.ops.route import ROWS, Routed, route, unpack
 from shardwise.sharding.layout import HopLayout, Region
-from shardwise.sharding.wire import Pending, Wire
+from shardwise.sharding.wire import Lane, Pending, Wire
 
 BringBack = Callable[[Region, Tensor, Ids, bool], Tensor | None]
 """Takes the gradient of a lookup to the slices; gives that of the weights if it is asked for."""
@@ -82,12 +84,7 @@ class Hop:
         self._layout, self._region, self._wire, self._second = layout, region, wire, second
         self._name = name
         first = layout.routes.first_channel
-        num_words = torch.arange(wire.world_size)
-        channel_rank = torch.repeat_interleave(num_words, first.diff())
-        self._words = 2 * first[:-1] + num_words
-        self._numbers = torch.arange(2 * layout.num_channels) + 1
-        self._numbers += channel_rank.repeat_interleave(2)
-        self._count_sizes: list[int] = (1 + 2 * first.diff()).tolist()
+        self._count_sizes: list[int] = first.diff().tolist()
         owned = torch.tensor([(c, d) for c, _, _, d in layout.owned], dtype=torch.int64)
         relayed = torch.tensor([(c, s.columns[1]) for c, s in layout.relayed], dtype=torch.int64)
         self._owned, self._relayed = owned.view(-1, 2), relayed.view(-1, 2)
@@ -114,33 +111,22 @@ class Hop:
         self._sent_vectors += vectors
         return Trip(call, bags, routed, vectors)
 
-    def send_counts(self, trip: Trip | None, word: int) -> Pending:
-        """Tell every rank what it will get, and a word."""
-        size = self._numbers.numel() + self._words.numel()
-        message = torch.zeros(size, dtype=torch.int32)
-        message[self._words] = word
-        if trip is not None:
-            message[self._numbers] = trip.routed.counts.flatten().int()
-        each = self._count_sizes[self._wire.rank]
-        sizes = self._count_sizes, [each] * self._wire.world_size
-        return self._wire.all_to_all(message, *sizes, tag=f"{self._name}: counts", lane="ids")
+    def send_counts(self, trip: Trip) -> Pending:
+        """Tell every rank what it will get."""
+        sizes = self._count_sizes, [self._count_sizes[self._wire.rank]] * self._wire.world_size
+        return self._send(trip.routed.counts.int(), *sizes, "counts", "ids")
 
-    def take_counts(self, trip: Trip | None, pending: Pending) -> int:
-        """Note what each rank will send; give the largest of their words."""
-        received = pending.wait().view(self._wire.world_size, -1).cpu()
-        if trip is not None:
-            trip.counts = received[:, 1:].long().view(self._wire.world_size, -1, 2)
-        return int(received[:, 0].max())
+    def take_counts(self, trip: Trip, pending: Pending) -> None:
+        """Note what each rank will send."""
+        counts = pending.wait().cpu().long()
+        trip.counts = counts.view(self._wire.world_size, -1, 2)
 
     def send_ids(self, trip: Trip) -> Pending:
         """Send the ids."""
         sizes = self._channel_bytes(trip.counts, trip.call.is_weighted).sum(1)
-        return self._wire.all_to_all(
-            trip.routed.message,
-            trip.routed.sizes.tolist(),
-            (sizes + (-sizes) % 8).tolist(),
-            tag=f"{self._name}: ids",
-            lane="ids",
+        receive_sizes = (sizes + (-sizes) % 8).tolist()
+        return self._send(
+            trip.routed.message, trip.routed.sizes.tolist(), receive_sizes, "ids", "ids"
         )
 
     def finish(
@@ -161,9 +147,7 @@ class Hop:
         starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         trip.answer_sizes = starts[layout.first_piece].diff().tolist()
         send_sizes = (trip.owned_sizes + trip.relayed_sizes).tolist()
-        answer = self._wire.all_to_all(
-            vectors, send_sizes, trip.answer_sizes, tag=f"{self._name}: answers", lane="answers"
-        ).wait()
+        answer = self._send(vectors, send_sizes, trip.answer_sizes, "answers", "answers").wait()
         routed = trip.routed
         trip.put = Call(
             bases=starts[layout.slot_pieces],
@@ -196,7 +180,7 @@ class Hop:
         if self._second is None:
             return owned
         trip.second = self._second.start(trip.arrived, bags)
-        self._second.take_counts(trip.second, self._second.send_counts(trip.second, 0))
+        self._second.take_counts(trip.second, self._second.send_counts(trip.second))
         pending, shape = self._second.send_ids(trip.second), (int(trip.relayed_sizes.sum()), 1)
         relayed = self._second.finish(trip.second, pending, slices, shape, False).view(-1)
         return _interleave(owned, relayed, trip)
@@ -224,11 +208,9 @@ class Hop:
             The gradient of the call's weights if asked for; it is not scaled.
         """
         numel = sum(trip.answer_sizes)
-        flat = combine_grad(grad, *trip.put, numel, scale)
+        flat = combine_grad(grad.contiguous(), *trip.put, numel, scale)
         sizes = (trip.owned_sizes + trip.relayed_sizes).tolist()
-        back = self._wire.all_to_all(
-            flat, trip.answer_sizes, sizes, tag=f"{self._name}: gradients", lane="answers"
-        ).wait()
+        back = self._send(flat, trip.answer_sizes, sizes, "gradients", "answers").wait()
         owned, relayed = _part(back, trip) if self._second is not None else (back, None)
         weights = to_slices(self._region, owned[:, None], trip.arrived, wants_weights)
         if self._second is not None and relayed is not None and trip.second is not None:
@@ -240,7 +222,7 @@ class Hop:
             return None
         home = self._send_weights_home(trip, weights / scale)
         if trip.answer is not None:
-            home += combine_weight_grads(grad, trip.answer, *trip.put)
+            home += combine_weight_grads(grad.contiguous(), trip.answer, *trip.put)
         return home
 
     def _send_weights_home(self, trip: Trip, grads: Tensor) -> Tensor:
@@ -252,10 +234,20 @@ class Hop:
         counts = trip.routed.counts
         starts = torch.cat([counts.new_zeros(1), (counts[:, 1] * (counts[:, 0] > 0)).cumsum(0)])
         back_sizes = starts[self._layout.routes.first_channel].diff().tolist()
-        tag = f"{self._name}: gradients of weights"
-        back = self._wire.all_to_all(grads, sizes, back_sizes, tag=tag, lane="answers").wait()
+        back = self._send(grads, sizes, back_sizes, "gradients of weights", "answers").wait()
         home = torch.zeros(trip.call.ids.numel(), device=back.device)
         return home.index_add_(0, trip.routed.origins, back)
+
+    def _send(
+        self,
+        send: Tensor,
+        sizes: Sequence[int],
+        receive_sizes: Sequence[int],
+        what: str,
+        lane: Lane,
+    ) -> Pending:
+        tag = f"{what} of {self._name}"
+        return self._wire.all_to_all(send, sizes, receive_sizes, tag=tag, lane=lane, is_agreed=True)
 
     # ---- bytes
 

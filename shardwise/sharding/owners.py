@@ -193,7 +193,8 @@ class Owners:
         if not self._has_cut_rows(update):
             return part
         cells = [self._cells[cell] for cell in part.tables]
-        return replace(part, complete=RowSums(cells, self._placements, self._wire, self._path))
+        sums = RowSums(cells, self._placements, self._wire, self._path, is_agreed=True)
+        return replace(part, complete=sums)
 
     # ---- backward
 
@@ -210,7 +211,8 @@ class Owners:
         Returns:
             Gradients of the slices that keep one, by number.
         """
-        found = self._replicas.merge(touched, tables)
+        unread = {c: _no_rows(tables[c]) for c in way.explicit if c not in touched}
+        found = self._replicas.merge({**touched, **unread}, tables)
         for update in way.last:
             rows = [found[cell][0] for cell in update.tables]
             grads = [found[cell][1] for cell in update.tables]
@@ -221,6 +223,10 @@ class Owners:
             zeros = torch.zeros_like(tables[cell])
             result[cell] = zeros.index_copy_(0, index, values.to(zeros.dtype))
         return result
+
+
+def _no_rows(table: Tensor) -> RowGrads:
+    return torch.empty(0, dtype=torch.int64), torch.empty(0, table.shape[1])
 
 
 def _plan_region(

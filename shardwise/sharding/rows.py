@@ -156,7 +156,12 @@ class Replicas:
         self, send: Tensor, sizes: Sequence[int], receive_sizes: Sequence[int], tag: str
     ) -> tuple[Tensor, ...]:
         pending = self._wire.all_to_all(
-            send, sizes, receive_sizes, tag=f"{tag} of {self._path!r}", lane="answers"
+            send,
+            sizes,
+            receive_sizes,
+            tag=f"{tag} of {self._path}",
+            lane="answers",
+            is_agreed=True,
         )
         parts: tuple[Tensor, ...] = pending.wait().split(list(receive_sizes))
         return parts
@@ -203,13 +208,20 @@ class RowSums:
         placements: Of all tables.
         wire: Connects the ranks.
         path: The collection's, for messages.
+        is_agreed: Whether all ranks know from an earlier message that this one comes.
     """
 
     def __init__(
-        self, cells: Sequence[Cell], placements: Sequence[Placement], wire: Wire, path: str
+        self,
+        cells: Sequence[Cell],
+        placements: Sequence[Placement],
+        wire: Wire,
+        path: str,
+        *,
+        is_agreed: bool = False,
     ) -> None:
         """Find who must hear from whom."""
-        self._wire, self._tag = wire, f"row sums of {path!r}"
+        self._wire, self._tag, self._is_agreed = wire, f"row sums of {path}", is_agreed
         self._columns = [len(placements[cell.table].column_cuts) - 1 for cell in cells]
         self._places = {(c.table, *c.block): n for n, c in enumerate(cells) if c.block is not None}
         self._keys = [(c.table, *c.block) if c.block else None for c in cells]
@@ -248,7 +260,12 @@ class RowSums:
             receive_sizes[transfer.rank] += count * width
         flat = torch.cat([sums.new_empty(0), *(part.flatten() for part in parts)])
         received = self._wire.all_to_all(
-            flat, send_sizes, receive_sizes, tag=self._tag, lane="answers"
+            flat,
+            send_sizes,
+            receive_sizes,
+            tag=self._tag,
+            lane="answers",
+            is_agreed=self._is_agreed,
         ).wait()
         pieces = received.split([count * width for count in limits])
         there: dict[tuple[int, ...], Tensor] = {

@@ -12,7 +12,7 @@ from shardwise.tables.configs import BaseEmbeddingConfig
 BLOCK_ROWS = 65_536
 """Rows that are drawn from one generator when a table starts."""
 
-PIECE_ELEMENTS = 2**22
+PIECE_ELEMENTS = 2**16
 """Elements that are drawn at a time, so that a start needs little memory beside the rows."""
 
 

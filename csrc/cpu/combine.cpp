@@ -9,81 +9,39 @@
 #include "scratch.h"
 #include "stripes.h"
 #include "tasks.h"
+#include "vectors.h"
 
 namespace shardwise::cpu {
 namespace {
 
 constexpr int64_t kSmallFloats = 64 << 10;  // read below which one thread is faster
-constexpr int64_t kAhead = 16;              // entries between a prefetch and its use
+constexpr int64_t kStreamFloats = 8 << 20;  // a result that would push itself out of the cache
+constexpr int64_t kAhead = 16;              // entries or bags between a prefetch and its use
 
 const float* floats_of(const Tensor& tensor, const char* name) {
   require(tensor, name, DType::kFloat32, "float32");
   return tensor.data<float>();
 }
 
-Tensor make(const std::vector<int64_t>& sizes) {
-  return make_result(sizes, aoti_torch_dtype_float32());
+void lay_out(Stripes& stripes, const Tensor& grad, int64_t answer_size) {
+  if (grad.dim() != 2) throw std::runtime_error("shardwise: combine: grad must be [rows, width]");
+  stripes.lay_out(answer_size, grad.size(0), grad.size(1));
 }
 
-int64_t floats_read(const Stripes& stripes) {
+template <typename Body>
+void run(const Stripes& stripes, int64_t num_tasks, const Body& body) {
   int64_t floats = 0;
   for (const Stripe& stripe : stripes.all()) floats += stripe.split->num_entries * stripe.width;
-  return floats;
+  run_tasks(num_tasks, floats < kSmallFloats, body);
 }
 
 float divisor_of(const Stripe& stripe, const Bags& bags, int64_t bag) {
-  const int64_t num_ids = bags.ids[bag + 1] - bags.ids[bag];
-  return stripe.pooling == Pooling::kMean ? static_cast<float>(std::max<int64_t>(num_ids, 1)) : 1.0f;
+  if (stripe.pooling != Pooling::kMean) return 1.0f;
+  return static_cast<float>(std::max<int64_t>(bags.ids[bag + 1] - bags.ids[bag], 1));
 }
 
-// The vectors of one stripe in an answer, or in its gradient.
-template <typename Float>
-struct Vectors {
-  Float* answer;
-  const int64_t* bases;
-  int64_t width;
-
-  Float* operator[](const Entry& entry) const {
-    return answer + bases[entry.slot] + entry.position * width;
-  }
-  void prefetch(const Entry& entry) const {
-    if (entry.slot < 0) return;
-    const Float* vector = (*this)[entry];
-    for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(vector + c, !std::is_const_v<Float>);
-  }
-};
-
-// ---- combine
-
-template <bool kAdds>
-void put(float* __restrict out, const float* __restrict vector, float weight, int64_t width) {
-  for (int64_t c = 0; c < width; ++c) {
-    out[c] = kAdds ? out[c] + weight * vector[c] : weight * vector[c];
-  }
-}
-
-// Sums the vectors of the entries in order. `weights` are the entries' own; null: all 1.
-void sum_entries(const Vectors<const float>& vectors, const Entry* entries, int64_t count,
-                 const float* weights, float divisor, float* out) {
-  bool is_first = true;
-  for (int64_t e = 0; e < count; ++e) {
-    if (entries[e].slot < 0) continue;
-    const float weight = weights == nullptr ? 1.0f : weights[e];
-    if (is_first) {
-      put<false>(out, vectors[entries[e]], weight, vectors.width);
-    } else {
-      put<true>(out, vectors[entries[e]], weight, vectors.width);
-    }
-    is_first = false;
-  }
-  if (is_first) std::fill_n(out, vectors.width, 0.0f);
-  if (divisor != 1.0f) {
-    for (int64_t c = 0; c < vectors.width; ++c) out[c] /= divisor;
-  }
-}
-
-void sum_bags(const Stripes& stripes, const Stripe& stripe, const Bags& bags,
-              const float* answer, float* out) {
+void sum_bags(const Stripes& stripes, const Stripe& stripe, const Bags& bags, const float* answer,
+              float* out, bool streams) {
   const Vectors<const float> vectors{answer, stripe.bases, stripe.width};
   const float* weights = stripes.weights(stripe);
   const Entry* entries = stripes.entries();
@@ -92,76 +50,97 @@ void sum_bags(const Stripes& stripes, const Stripe& stripe, const Bags& bags,
   const int64_t stride = stripes.stride(stripe);
   float* row = out + bags.out;
   for (int64_t b = 0; b < bags.count; ++b) {
-    const int64_t begin = bags.entries[b], count = bags.entries[b + 1] - begin;
-    for (int64_t e = begin + kAhead; e < std::min(begin + count + kAhead, last); ++e) {
+    const int64_t begin = bags.entries[b], end = bags.entries[b + 1];
+    for (int64_t e = begin + kAhead; e < std::min(end + kAhead, last); ++e) {
       vectors.prefetch(entries[e]);
     }
-    const float* own = weights == nullptr ? nullptr : weights + bags.ids[b];
-    const int64_t step = is_pooled ? count : 1;
-    for (int64_t e = 0; e < (is_pooled ? 1 : count); ++e, row += stride) {
-      sum_entries(vectors, entries + begin + e, step, own == nullptr ? nullptr : own + e,
-                  divisor_of(stripe, bags, b), row);
+    const float divisor = divisor_of(stripe, bags, b);
+    const int64_t count = is_pooled ? end - begin : 1, num_rows = is_pooled ? 1 : end - begin;
+    for (int64_t r = 0; r < num_rows; ++r, row += stride) {
+      const float* own = weights == nullptr ? nullptr : weights + bags.ids[b] + r;
+      const Sum sum{vectors, entries + begin + r, count, own, divisor};
+      if (streams && can_stream(row, stripe.width)) {
+        sum.write<true>(row);
+      } else {
+        sum.write<false>(row);
+      }
     }
   }
+  if (streams) fence();
 }
 
-// ---- combine_grad
-
-// Runs body(entry, its number within the bag, bag, the row that it is part of) over entries.
+// Runs body(entry, its row of the gradient, its id, its bag's divisor) over those that are there.
 template <typename Body>
-void for_entries(const Stripes& stripes, const Stripe& stripe, const Bags& bags, const Body& body) {
-  const int64_t step = stripe.pooling == Pooling::kNone ? stripes.stride(stripe) : 0;
-  int64_t row = bags.out;
+void for_entries(const Stripes& stripes, const Vectors<const float>& vectors, const Stripe& stripe,
+                 const Bags& bags, const float* grad, const Body& body) {
+  const Entry* entries = stripes.entries();
+  const int64_t last = stripe.split->first_entry + stripe.split->num_entries;
+  const int64_t stride = stripes.stride(stripe);
+  const bool is_pooled = stripe.pooling != Pooling::kNone;
+  const float* row = grad + bags.out;
   for (int64_t b = 0; b < bags.count; ++b) {
-    const int64_t begin = bags.entries[b], count = bags.entries[b + 1] - begin;
-    for (int64_t e = 0; e < count; ++e, row += step) {
-      if (stripes.entries()[begin + e].slot >= 0) body(stripes.entries()[begin + e], e, b, row);
+    prefetch(row + kAhead * stride, stripe.width);
+    const float divisor = divisor_of(stripe, bags, b);
+    for (int64_t e = bags.entries[b]; e < bags.entries[b + 1]; ++e) {
+      if (!stripe.split->is_plain && e + kAhead < last) vectors.prefetch(entries[e + kAhead]);
+      if (entries[e].slot >= 0) body(entries[e], row, bags.ids[b] + e - bags.entries[b], divisor);
+      if (!is_pooled) row += stride;
     }
-    if (step == 0) row += stripes.stride(stripe);
+    if (is_pooled) row += stride;
   }
 }
 
-template <bool kAdds>
-void put_scaled(float* __restrict out, const float* __restrict grad, float factor, float scale,
-                int64_t width) {
-  for (int64_t c = 0; c < width; ++c) {
-    const float value = grad[c] * factor * scale;
-    out[c] = kAdds ? out[c] + value : value;
-  }
-}
-
+// How `combine_grad` writes.
 struct Backward {
   const Stripes& stripes;
   const float* grad;
   float* answer_grad;
   float scale;
+  bool is_zeroed;  // all of the result, beforehand
+  bool streams;
 
-  // The bags of a range whose vectors `part` owns. A vector's first entry writes, unless the vector
-  // holds a number already.
-  void run(const Range& range, const Part& part, bool is_zeroed) const {
+  // Brings the gradient of a range's rows to the vectors that `part` owns.
+  void run(const Range& range, const Part& part) const {
     const Stripe& stripe = *range.stripe;
-    const bool always_writes = stripe.split->is_plain && !is_zeroed;
+    if (!is_zeroed && stripe.split->is_plain) {
+      return for_vectors(range, [&](const Entry&, float* vector, const float* row, float factor) {
+        if (streams && can_stream(vector, stripe.width)) {
+          put<Put::kStream>(vector, row, factor, scale, stripe.width);
+        } else {
+          put<Put::kWrite>(vector, row, factor, scale, stripe.width);
+        }
+      });
+    }
     thread_local Scratch scratch;
-    const int64_t num_slots = always_writes ? 0 : stripe.split->num_slots;
-    auto* seen = scratch.take<int32_t>(num_slots);
-    std::fill_n(seen, num_slots, 0);
+    auto* seen = scratch.take<int32_t>(stripe.split->num_slots);  // vectors of each slot
+    std::fill_n(seen, stripe.split->num_slots, 0);
+    for_vectors(range, [&](const Entry& entry, float* vector, const float* row, float factor) {
+      constexpr int64_t kSpread = 0x9e3779b1;
+      if (!part.owns(entry.slot * kSpread + entry.position)) return;
+      if (!is_zeroed && entry.position >= seen[entry.slot]) {
+        seen[entry.slot] = entry.position + 1;
+        put<Put::kWrite>(vector, row, factor, scale, stripe.width);
+      } else {
+        put<Put::kAdd>(vector, row, factor, scale, stripe.width);
+      }
+    });
+  }
+
+ private:
+  template <typename Body>
+  void for_vectors(const Range& range, const Body& body) const {
+    const Stripe& stripe = *range.stripe;
     const Vectors<float> vectors{answer_grad, stripe.bases, stripe.width};
+    const Vectors<const float> ahead{answer_grad, stripe.bases, stripe.width};
     const float* weights = stripes.weights(stripe);
     stripes.for_bags(range, [&](const Bags& bags) {
-      for_entries(stripes, stripe, bags, [&](const Entry& entry, int64_t e, int64_t b, int64_t row) {
-        constexpr int64_t kSpread = 0x9e3779b1;
-        if (!part.owns(entry.slot * kSpread + entry.position)) return;
-        const float weight = weights == nullptr ? 1.0f : weights[bags.ids[b] + e];
-        const float factor = weight / divisor_of(stripe, bags, b);
-        bool is_first = always_writes;
-        if (!always_writes && !is_zeroed && entry.position >= seen[entry.slot]) {
-          seen[entry.slot] = entry.position + 1;
-          is_first = true;
-        }
-        const auto put = is_first ? put_scaled<false> : put_scaled<true>;
-        put(vectors[entry], grad + row, factor, scale, stripe.width);
-      });
+      for_entries(stripes, ahead, stripe, bags, grad,
+                  [&](const Entry& entry, const float* row, int64_t id, float divisor) {
+                    const float weight = weights == nullptr ? 1.0f : weights[id];
+                    body(entry, vectors[entry], row, weight / divisor);
+                  });
     });
+    if (streams) fence();
   }
 };
 
@@ -170,7 +149,8 @@ struct BackwardTask {
   Part part;
 };
 
-std::vector<BackwardTask> backward_tasks(const Stripes& stripes) {
+// Each vector is written by one task, in order of its entries.
+std::vector<BackwardTask> cut_backward(const Stripes& stripes) {
   std::vector<BackwardTask> tasks;
   for (const Range& range : stripes.cut()) {
     if (range.stripe->split->is_plain) tasks.push_back({range, {0, 1}});
@@ -185,23 +165,6 @@ std::vector<BackwardTask> backward_tasks(const Stripes& stripes) {
   return tasks;
 }
 
-// ---- combine_weight_grads
-
-// In sixteen partial sums, added in the order in which `weight_grads` adds those of local rows.
-float dot(const float* a, const float* b, int64_t width) {
-  constexpr int64_t kLanes = 16;
-  float sums[kLanes] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) sums[i] += a[c + i] * b[c + i];
-  }
-  for (int64_t i = 0; c < width; ++c, ++i) sums[i] += a[c] * b[c];
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  return sums[0];
-}
-
 }  // namespace
 
 void combine(StableIValue* stack, uint64_t, uint64_t) {
@@ -211,14 +174,13 @@ void combine(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t rows = arguments.integer(), width = arguments.integer();
   const float* data = floats_of(answer, "answer");
   stripes.lay_out(answer.numel(), rows, width);
-  Tensor result = make({rows, width});
+  Tensor result = make_result({rows, width}, aoti_torch_dtype_float32());
   float* out = result.mutable_data<float>();
   if (!stripes.fills_output()) std::fill_n(out, rows * width, 0.0f);
   const std::vector<Range> ranges = stripes.cut();
-  const bool is_small = floats_read(stripes) < kSmallFloats;
-  run_tasks(static_cast<int64_t>(ranges.size()), is_small, [&](int64_t n) {
+  run(stripes, static_cast<int64_t>(ranges.size()), [&](int64_t n) {
     stripes.for_bags(ranges[n], [&](const Bags& bags) {
-      sum_bags(stripes, *ranges[n].stripe, bags, data, out);
+      sum_bags(stripes, *ranges[n].stripe, bags, data, out, rows * width >= kStreamFloats);
     });
   });
   arguments.give(std::move(result));
@@ -231,21 +193,19 @@ void combine_grad(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t size = arguments.integer();
   const auto scale = static_cast<float>(arguments.number());
   const float* data = floats_of(grad, "grad");
-  if (grad.dim() != 2) throw std::runtime_error("shardwise: combine_grad: grad must be [rows, width]");
-  stripes.lay_out(size, grad.size(0), grad.size(1));
-  Tensor result = make({size});
+  lay_out(stripes, grad, size);
+  Tensor result = make_result({size}, aoti_torch_dtype_float32());
   float* out = result.mutable_data<float>();
-  const Backward backward{stripes, data, out, scale};
-  if (stripes.fills_answer(size)) {
-    const std::vector<BackwardTask> tasks = backward_tasks(stripes);
-    const bool is_small = floats_read(stripes) < kSmallFloats;
-    run_tasks(static_cast<int64_t>(tasks.size()), is_small, [&](int64_t n) {
-      backward.run(tasks[n].range, tasks[n].part, false);
-    });
+  const bool is_simple = stripes.fills_answer(size);
+  const Backward backward{stripes, data, out, scale, !is_simple, size >= kStreamFloats};
+  if (is_simple) {
+    const std::vector<BackwardTask> tasks = cut_backward(stripes);
+    run(stripes, static_cast<int64_t>(tasks.size()),
+        [&](int64_t n) { backward.run(tasks[n].range, tasks[n].part); });
   } else {  // stripes may share vectors: one after another
     std::fill_n(out, size, 0.0f);
     for (const Stripe& stripe : stripes.all()) {
-      backward.run({&stripe, 0, stripe.split->num_bags}, {0, 1}, true);
+      backward.run({&stripe, 0, stripe.split->num_bags}, {0, 1});
     }
   }
   arguments.give(std::move(result));
@@ -258,28 +218,23 @@ void combine_weight_grads(StableIValue* stack, uint64_t, uint64_t) {
   Stripes stripes(arguments);
   const float* gradient = floats_of(grad, "grad");
   const float* data = floats_of(answer, "answer");
-  if (grad.dim() != 2) throw std::runtime_error("shardwise: combine_weight_grads: grad must be [rows, width]");
-  stripes.lay_out(answer.numel(), grad.size(0), grad.size(1));
-  Tensor result = make({stripes.num_weights()});
+  lay_out(stripes, grad, answer.numel());
+  Tensor result = Tensor::empty({stripes.num_weights()}, aoti_torch_dtype_float32());
   float* out = result.mutable_data<float>();
   std::fill_n(out, stripes.num_weights(), 0.0f);
+  const std::vector<Range> ranges = stripes.cut();
   // Stripes that read one input add to the same numbers, so they run one after the other.
-  std::vector<std::vector<Range>> rounds;
-  for (const Range& range : stripes.cut()) {
-    if (stripes.weights(*range.stripe) == nullptr) continue;
-    if (rounds.empty() || rounds.back().back().stripe != range.stripe) rounds.emplace_back();
-    rounds.back().push_back(range);
-  }
-  const bool is_small = floats_read(stripes) < kSmallFloats;
-  for (const std::vector<Range>& ranges : rounds) {
-    run_tasks(static_cast<int64_t>(ranges.size()), is_small, [&](int64_t n) {
-      const Stripe& stripe = *ranges[n].stripe;
-      const Vectors<const float> vectors{data, stripe.bases, stripe.width};
-      stripes.for_bags(ranges[n], [&](const Bags& bags) {
-        for_entries(stripes, stripe, bags, [&](const Entry& entry, int64_t e, int64_t b, int64_t row) {
-          out[bags.ids[b] + e] += dot(vectors[entry], gradient + row, stripe.width) /
-                                  divisor_of(stripe, bags, b);
-        });
+  for (size_t first = 0, last = 0; first < ranges.size(); first = last) {
+    const Stripe& stripe = *ranges[first].stripe;
+    while (last < ranges.size() && ranges[last].stripe == &stripe) ++last;
+    if (stripes.weights(stripe) == nullptr) continue;
+    const Vectors<const float> vectors{data, stripe.bases, stripe.width};
+    run(stripes, static_cast<int64_t>(last - first), [&](int64_t n) {
+      stripes.for_bags(ranges[first + n], [&](const Bags& bags) {
+        for_entries(stripes, vectors, stripe, bags, gradient,
+                    [&](const Entry& entry, const float* row, int64_t id, float divisor) {
+                      out[id] += dot(vectors[entry], row, stripe.width) / divisor;
+                    });
       });
     });
   }

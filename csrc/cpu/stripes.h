@@ -27,8 +27,8 @@ struct Split {
   int64_t first_slot;               // within the counts of vectors
   // What the entries turned out to be.
   bool is_good = true;   // slots and positions are there
-  bool is_dense = true;  // a vector's first entry follows those of the vectors before it in its slot
-  bool is_plain = true;  // dense, and no vector has two entries
+  bool is_dense = true;  // the vectors of a slot have their first entries in order
+  bool is_plain = true;  // dense, and no vector has two
 };
 
 // One feature's share of one column block.

@@ -37,9 +37,8 @@ CollectionPlan: TypeAlias = Mapping[str, ParameterSharding] | Sequence[Slice]
 class Sharder(Protocol):
     """Options for the collections that are sharded."""
 
-    @property
-    def codecs(self) -> Codecs:
-        """How messages are compressed."""
+    def codecs(self, *, is_pooled: bool) -> Codecs:
+        """Give how vectors of pooled tables, or of sequences, travel."""
 
     def tag_tables(self, module: nn.Module) -> None:
         """Give tables that have no update rule one."""
@@ -94,14 +93,16 @@ def shard_planned(
     with wire.together("shard"):
         for planned_path, path, collection, own_plan in _planned(module, plan):
             sharder = sharder_of(planned_path)
+            is_pooled = isinstance(collection, EmbeddingBagCollection)
             if sharder is not None:
                 sharder.tag_tables(collection)
-            found[path] = collection, sharder.codecs if sharder else Codecs()
+            codecs = sharder.codecs(is_pooled=is_pooled) if sharder else Codecs()
+            found[path] = collection, codecs
             placements[path] = place_tables(
                 table_configs(collection),
                 own_plan,
                 world_size=env.world_size,
-                is_pooled=isinstance(collection, EmbeddingBagCollection),
+                is_pooled=is_pooled,
             )
     check_equal_plans(placements, wire, {path: str(codecs) for path, (_, codecs) in found.items()})
     for path, (collection, codecs) in found.items():

@@ -18,7 +18,7 @@ from shardwise.optim import (
     RowWiseAdagrad,
 )
 from shardwise.optim.in_backward import is_owned, table_holders, tag
-from shardwise.sharding.codecs import Codecs
+from shardwise.sharding.codecs import Codecs, read_registry
 from shardwise.sharding.environment import ShardingEnv
 from shardwise.sharding.parameter_sharding import (
     EmbeddingComputeKernel,
@@ -102,10 +102,9 @@ class ModuleSharder:
         self.fused_params = fused_params
         self.qcomm_codecs_registry = qcomm_codecs_registry
 
-    @property
-    def codecs(self) -> Codecs:
-        """How messages are compressed."""
-        return Codecs()
+    def codecs(self, *, is_pooled: bool) -> Codecs:
+        """Give how vectors of pooled tables, or of sequences, travel."""
+        return read_registry(self.qcomm_codecs_registry, is_pooled=is_pooled)
 
     def shard(
         self,

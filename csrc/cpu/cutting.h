@@ -17,8 +17,8 @@ class Cutting {
  public:
   Cutting(const Block* blocks, int64_t count) : blocks_(blocks), count_(count) {
     const int64_t height = blocks[0].end;
-    bool is_even = height > 1 && num_rows() < (int64_t{1} << 32) && height * (count - 1) < num_rows()
-                   && num_rows() <= height * count;
+    bool is_even = height > 1 && num_rows() < (int64_t{1} << 32) &&
+                   height * (count - 1) < num_rows() && num_rows() <= height * count;
     for (int64_t b = 0; b + 1 < count; ++b) is_even &= blocks[b].end == height * (b + 1);
     if (is_even) magic_ = UINT64_MAX / static_cast<uint64_t>(height) + 1;
   }

@@ -12,7 +12,7 @@
 namespace shardwise::cpu {
 
 // One of the parts that share the search among some ids, each on a thread of its own. It reads all
-// ids and looks after the rows whose hash is its own, so what is found does not depend on the parts.
+// ids and looks after the rows whose hash is its own, so the parts do not change what is found.
 struct Part {
   int64_t number, count;
 
@@ -30,8 +30,8 @@ struct Part {
 template <typename Key>  // of rows: int32_t if they fit, which halves the table
 class Repeats {
  public:
-  // For at most `num_items` ids of the part, below `num_rows`. Writes to `firsts`, by item, the first
-  // item of the same row, or -1 for an id left out.
+  // For at most `num_items` ids of the part, below `num_rows`. Writes to `firsts`, by item, the
+  // first item of the same row, or -1 for an id left out.
   Repeats(const Part& part, int64_t num_rows, int64_t num_items, int32_t* firsts)
       : part_(part), num_rows_(num_rows), firsts_(firsts) {
     thread_local Scratch scratch;

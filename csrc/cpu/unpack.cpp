@@ -6,6 +6,7 @@
 #include "copies.h"
 #include "inputs.h"
 #include "kernels.h"
+#include "results.h"
 #include "tasks.h"
 
 namespace shardwise::cpu {
@@ -150,10 +151,10 @@ void unpack(StableIValue* stack, uint64_t, uint64_t) {
   }
   first_ids.push_back(layout.end.id);
 
-  Tensor ids = Tensor::empty({layout.end.id},
-                             is_wide ? aoti_torch_dtype_int64() : aoti_torch_dtype_int32());
-  Tensor offsets = Tensor::empty({layout.end.bag + 1}, aoti_torch_dtype_int64());
-  Tensor weights = Tensor::empty({is_weighted ? layout.end.id : 0}, aoti_torch_dtype_float32());
+  const int32_t id_dtype = is_wide ? aoti_torch_dtype_int64() : aoti_torch_dtype_int32();
+  Tensor ids = make_result({layout.end.id}, id_dtype);
+  Tensor offsets = make_result({layout.end.bag + 1}, aoti_torch_dtype_int64());
+  Tensor weights = make_result({is_weighted ? layout.end.id : 0}, aoti_torch_dtype_float32());
   for (int64_t s = 0; s < counts.num_sources; ++s) {
     layout.copies.add(ids.mutable_data<char>() + first_ids[s] * id_bytes,
                       message.data<char>() + starts[s],
@@ -167,7 +168,8 @@ void unpack(StableIValue* stack, uint64_t, uint64_t) {
   run_tasks(static_cast<int64_t>(is_good.size()), layout.end.id + layout.end.bag < kTaskWork,
             [&](int64_t t) { is_good[t] = run(counts, layout.tasks[t], ends + 1, weight_data); });
   for (size_t t = 0; t < is_good.size(); ++t) {
-    if (!is_good[t]) fail("lengths from rank " + str(layout.tasks[t].source) + " do not fit its ids");
+    if (is_good[t]) continue;
+    fail("lengths from rank " + str(layout.tasks[t].source) + " do not fit its ids");
   }
   arguments.give(std::move(ids));
   arguments.give(std::move(offsets));

@@ -24,9 +24,10 @@ from shardwise.ops.lookup.reference import bag_counts
 from shardwise.optim.slices import WholeRows
 from shardwise.sharding.codecs import Codecs
 from shardwise.sharding.hop import Hop, Trip
-from shardwise.sharding.layout import Cell, Ranks, Region, lay_out
+from shardwise.sharding.layout import Cell, Region, lay_out
 from shardwise.sharding.owners import Owners, SlicesWay
 from shardwise.sharding.placement import Placement
+from shardwise.sharding.routes import Ranks
 from shardwise.sharding.wire import Meeting, Pending, Wire
 from shardwise.tables.layout import Explain
 
@@ -84,7 +85,8 @@ class Exchange:
         placements: Where each table lies.
         wire: Connects the ranks.
         path: Of the collection in its model, for messages.
-        codecs: How vectors are written into messages.
+        codecs: How vectors are written into messages; not those between ranks of one host after
+            a relay, and not gradients between replicas.
 
     Attributes:
         cells: The slices that lie here, in the order in which calls take them; of a table that
@@ -104,18 +106,20 @@ class Exchange:
         self._features, self._wire = features, wire
         self._layout = layout = lay_out(features, placements, Ranks(wire.rank, wire.hosts))
         self.cells: list[Cell] = layout.cells
+        self._tables = [placement.table for placement in placements]
         name = path or "the collection"
-        names = [placement.table for placement in placements]
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        name += f" (tables {', '.join(names[:_NAMED])}{more})"
+        more = f" and {len(self._tables) - _NAMED} more" if len(self._tables) > _NAMED else ""
+        name += f" (tables {', '.join(self._tables[:_NAMED])}{more})"
         self._name = name
         self._hop: Hop | None = None
+        self._hops: list[Hop] = []
         host = wire.within_host() if layout.has_relay else wire
         if layout.hop is not None:
             second = None
             if layout.relay is not None:
-                second = Hop(layout.relay, layout.relayed, host, f"relay of {name}")
-            self._hop = Hop(layout.hop, layout.owned, wire, name, second)
+                second = Hop(layout.relay, layout.relayed, host, f"relay of {name}", Codecs())
+            self._hop = Hop(layout.hop, layout.owned, wire, name, codecs or Codecs(), second)
+            self._hops = [self._hop] if second is None else [self._hop, second]
         self._owners = Owners(layout, placements, wire, name)
         is_local = torch.tensor(layout.is_everywhere, dtype=torch.bool)
         self._local_outputs = is_local.nonzero()[:, 0].tolist()
@@ -225,6 +229,18 @@ class Exchange:
             self._wire.meet(f"ids of {self._name}", _FAULT, error).wait()
             self._wire.raise_together(error)
         raise error
+
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """Give, by table, the bytes of ids that this rank has sent to others, and of vectors got.
+
+        Ids that several tables read are counted for the first of them. Vectors count 4 bytes per
+        number, as if no codec made them shorter; as much goes back as gradients in training.
+        """
+        count = len(self._tables)
+        none = torch.zeros(count, 2, dtype=torch.int64)
+        totals = sum((hop.traffic(count) for hop in self._hops), none).tolist()
+        pairs = zip(self._tables, totals, strict=True)
+        return {table: (ids, vectors) for table, (ids, vectors) in pairs}
 
     def _translate(self, error: RuntimeError) -> RuntimeError:
         """Name the feature and the table of the plain lookup in a fault."""

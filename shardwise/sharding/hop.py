@@ -12,7 +12,7 @@ whose sources are the ranks that sent it.
 Before all this the ranks have met, see `Wire.meet`.
 """
 
-from collections import Counter
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from shardwise.ops.combine import Call, combine, combine_grad, combine_weight_grads
 from shardwise.ops.lookup import BadIds, Ids, Way, lookup
 from shardwise.ops.route import ROWS, Routed, route, unpack
+from shardwise.sharding.codecs import Codec, Codecs
 from shardwise.sharding.layout import HopLayout, Region
 from shardwise.sharding.wire import Lane, Pending, Wire
 
@@ -74,15 +75,23 @@ class Hop:
         region: The slices that are read here.
         wire: Connects the ranks.
         name: Of the collection, for tags.
+        codecs: How vectors are written.
         second: What takes apart ids that came by relay.
     """
 
     def __init__(
-        self, layout: HopLayout, region: Region, wire: Wire, name: str, second: "Hop | None" = None
+        self,
+        layout: HopLayout,
+        region: Region,
+        wire: Wire,
+        name: str,
+        codecs: Codecs,
+        second: "Hop | None" = None,
     ) -> None:
         """Prepare what is the same for every call."""
         self._layout, self._region, self._wire, self._second = layout, region, wire, second
-        self._name = name
+        self._name, self._codecs = name, codecs
+        self._common_width = math.gcd(*layout.stripes[:, 4].tolist())
         first = layout.routes.first_channel
         self._count_sizes: list[int] = first.diff().tolist()
         owned = torch.tensor([(c, d) for c, _, _, d in layout.owned], dtype=torch.int64)
@@ -147,7 +156,9 @@ class Hop:
         starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         trip.answer_sizes = starts[layout.first_piece].diff().tolist()
         send_sizes = (trip.owned_sizes + trip.relayed_sizes).tolist()
-        answer = self._send(vectors, send_sizes, trip.answer_sizes, "answers", "answers").wait()
+        answer = self._carry(
+            vectors, send_sizes, trip.answer_sizes, "answers", self._codecs.forward
+        )
         routed = trip.routed
         trip.put = Call(
             bases=starts[layout.slot_pieces],
@@ -210,7 +221,7 @@ class Hop:
         numel = sum(trip.answer_sizes)
         flat = combine_grad(grad.contiguous(), *trip.put, numel, scale)
         sizes = (trip.owned_sizes + trip.relayed_sizes).tolist()
-        back = self._send(flat, trip.answer_sizes, sizes, "gradients", "answers").wait()
+        back = self._carry(flat, trip.answer_sizes, sizes, "gradients", self._codecs.backward)
         owned, relayed = _part(back, trip) if self._second is not None else (back, None)
         weights = to_slices(self._region, owned[:, None], trip.arrived, wants_weights)
         if self._second is not None and relayed is not None and trip.second is not None:
@@ -238,6 +249,20 @@ class Hop:
         home = torch.zeros(trip.call.ids.numel(), device=back.device)
         return home.index_add_(0, trip.routed.origins, back)
 
+    def _carry(
+        self, flat: Tensor, sizes: list[int], receive_sizes: list[int], what: str, codec: Codec
+    ) -> Tensor:
+        """Exchange vectors."""
+        width = self._common_width
+        received = self._send(
+            codec.encode(flat, sizes, width),
+            codec.encoded_sizes(sizes, width),
+            codec.encoded_sizes(receive_sizes, width),
+            what,
+            "answers",
+        )
+        return codec.decode(received.wait(), receive_sizes, width)
+
     def _send(
         self,
         send: Tensor,
@@ -257,18 +282,17 @@ class Hop:
         bytes_each = ids * self._id_bytes + 4 * bags * (bags != ids)
         return bytes_each + 4 * ids * (bags > 0) if is_weighted else bytes_each
 
-    def traffic(self) -> tuple[Counter[int], Counter[int]]:
-        """Give, by table, the bytes of ids sent to others so far, and of float32 vectors got."""
+    def traffic(self, num_tables: int) -> Int[Tensor, "tables 2"]:
+        """Give, by table, bytes of ids sent to other ranks so far, and of float32 vectors got."""
         layout, rank = self._layout, self._wire.rank
-        is_far = torch.ones(layout.num_channels, dtype=torch.int64)
-        is_far[layout.routes.first_channel[rank] : layout.routes.first_channel[rank + 1]] = 0
-        ids, vectors = Counter[int](), Counter[int]()
-        for table, size in zip(layout.channel_tables, self._sent_bytes * is_far, strict=True):
-            ids[int(table)] += int(size)
-        pieces = (self._sent_vectors * is_far)[layout.piece_channels] * layout.piece_widths * 4
-        for table, size in zip(layout.piece_tables, pieces, strict=True):
-            vectors[int(table)] += int(size)
-        return ids, vectors
+        own = slice(*layout.routes.first_channel[rank:][:2].tolist())
+        sent, vectors = self._sent_bytes.clone(), self._sent_vectors.clone()
+        sent[own] = vectors[own] = 0
+        got = vectors[layout.piece_channels] * layout.piece_widths * 4
+        result = torch.zeros(num_tables, 2, dtype=torch.int64)
+        result[:, 0].index_add_(0, torch.from_numpy(layout.channel_tables), sent)
+        result[:, 1].index_add_(0, torch.from_numpy(layout.piece_tables), got)
+        return result
 
 
 def _num_vectors(counts: Tensor) -> Tensor:

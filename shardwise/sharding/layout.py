@@ -2,23 +2,19 @@
 
 All ranks derive them from the plan alone, so nothing about the order of a message is ever sent.
 
-A *stripe* is one feature's share of one column block. Its *route*, which input it reads and which
-ranks hold the row blocks, may be that of other stripes too (column blocks on one rank, tables of
-equal shape read by one feature): they share a *split* of the ids. A split has *slots*: one per row
-block, or, where it goes by relay, one per host. Each rank that holds a slot has a *channel* for it;
-a source sends a slot's ids through one of them. A *piece* is what one channel answers to one
-stripe. Channels and pieces are numbered rank after rank.
+Each rank that holds a slot (see `routes`) has a *channel* for it; a source sends a slot's ids
+through one of them. A *piece* is what one channel answers to one stripe. Channels and pieces are
+numbered rank after rank.
 
 By *relay*, ids for several ranks of one host go there once, numbered through the rows that the host
 holds, and a second hop among its ranks, which is laid out by the same code, takes them apart.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
 from itertools import chain, pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,12 +24,10 @@ from torch import Tensor
 
 from shardwise.ops.lookup import Pooling
 from shardwise.ops.route import PARTIALS, ROWS, Routes
-from shardwise.sharding.environment import Hosts
-from shardwise.sharding.placement import Cell as Holders
 from shardwise.sharding.placement import Placement
+from shardwise.sharding.routes import Ints, Ranks, Route, Slots, Stripe
 from shardwise.tables.store import Part
 
-Ints: TypeAlias = NDArray[np.int64]
 _NARROW = 2**31
 
 
@@ -71,147 +65,6 @@ class Kind(IntEnum):
     EMPTY = 7
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Who takes part in a hop, seen from one of them."""
-
-    rank: int
-    hosts: Hosts
-
-    @property
-    def world_size(self) -> int:
-        """How many there are."""
-        return sum(map(len, self.hosts))
-
-    @cached_property
-    def places(self) -> dict[int, tuple[int, int]]:
-        """The host of each rank, and its number there."""
-        return {
-            rank: (host, number)
-            for host, ranks in enumerate(self.hosts)
-            for number, rank in enumerate(ranks)
-        }
-
-    @property
-    def host(self) -> int:
-        """This host."""
-        return self.places[self.rank][0]
-
-    @property
-    def number_on_host(self) -> int:
-        """Where this rank stands among those of its host."""
-        return self.places[self.rank][1]
-
-    def choose(self, holders: Holders) -> int:
-        """Pick the replica to ask: this rank, else one of its host, else any; shared out evenly."""
-        if len(holders) == 1:
-            return holders[0]
-        if self.rank in holders:
-            return self.rank
-        near = [rank for rank in holders if self.places[rank][0] == self.host]
-        return near[self.number_on_host % len(near)] if near else holders[self.rank % len(holders)]
-
-    def by_host(self, holders: Holders) -> dict[int, Holders]:
-        """Give the holders of each host, numbered there."""
-        result: dict[int, Holders] = {}
-        for host, number in sorted(self.places[rank] for rank in holders):
-            result[host] = (*result.get(host, ()), number)
-        return result
-
-
-class Slots(NamedTuple):
-    """The slots of a route."""
-
-    holders: Sequence[Holders]
-    chosen: Sequence[int]  # of the holders, the rank that this one sends to
-    blocks: Ints  # [row blocks, 3]: end row, slot, base
-    num_rows: int  # of the largest slot, the same seen from every rank
-
-
-class Route(NamedTuple):
-    """What a split is made from."""
-
-    input: int
-    mode: int
-    row_cuts: tuple[int, ...]
-    holders: tuple[Holders, ...]  # of each row block
-    by_relay: bool
-
-    def slots(self, ranks: Ranks) -> Slots:
-        """Find the slots."""
-        return self._slots_by_host(ranks) if self.by_relay else self._slots_by_block(ranks)
-
-    def _slots_by_block(self, ranks: Ranks) -> Slots:
-        cuts = np.array(self.row_cuts)
-        blocks = np.stack([cuts[1:], np.arange(len(cuts) - 1), cuts[:-1]], 1)
-        chosen = [ranks.choose(cell) for cell in self.holders]
-        return Slots(self.holders, chosen, blocks, int(np.diff(cuts).max()))
-
-    def _slots_by_host(self, ranks: Ranks) -> Slots:
-        rows = self.rows_by_host(ranks)
-        slots = {host: slot for slot, host in enumerate(rows)}
-        blocks = []
-        for block, (first, end) in enumerate(pairwise(self.row_cuts)):
-            hosts = sorted(ranks.by_host(self.holders[block]))
-            host = ranks.host if ranks.host in hosts else hosts[ranks.rank % len(hosts)]
-            blocks.append((end, slots[host], first - rows[host].starts[block]))
-        members = [ranks.hosts[host] for host in rows]
-        chosen = [host[ranks.number_on_host % len(host)] for host in members]
-        return Slots(members, chosen, np.array(blocks), max(r.num_rows for r in rows.values()))
-
-    def rows_by_host(self, ranks: Ranks) -> dict[int, "HostRows"]:
-        """Number the rows that each host holds."""
-        result: dict[int, HostRows] = {}
-        for block, (first, end) in enumerate(pairwise(self.row_cuts)):
-            for host, numbers in ranks.by_host(self.holders[block]).items():
-                result.setdefault(host, HostRows()).add(block, end - first, numbers)
-        return dict(sorted(result.items()))
-
-
-@dataclass
-class HostRows:
-    """The row blocks that a host holds, put together.
-
-    Attributes:
-        starts: Where each block of the table begins here.
-        holders: The ranks of each, numbered on the host.
-        num_rows: Of all.
-    """
-
-    starts: dict[int, int] = field(default_factory=dict)
-    holders: list[Holders] = field(default_factory=list)
-    num_rows: int = 0
-
-    def add(self, block: int, num_rows: int, holders: Holders) -> None:
-        """Put a block at the end."""
-        self.starts[block] = self.num_rows
-        self.holders.append(holders)
-        self.num_rows += num_rows
-
-
-@dataclass(frozen=True)
-class Stripe:
-    """One feature's share of one column block.
-
-    Attributes:
-        route: How its ids travel.
-        table: The table's number.
-        column_block: The column block's number.
-        row_blocks: Which row block of the table each row block of the route is.
-        feature: The feature's number within the hop's output.
-        pooling: How the source makes one vector of a bag.
-        columns: First column within the feature, columns here, columns of the feature.
-    """
-
-    route: Route
-    table: int
-    column_block: int
-    row_blocks: Sequence[int]
-    feature: int
-    pooling: int
-    columns: tuple[int, int, int]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HopLayout:
     """One exchange of ids for vectors among some ranks.
@@ -225,7 +78,6 @@ class HopLayout:
         first_piece: Of each rank, and the number of all.
         slot_pieces: Of each slot of each stripe, the piece that answers this rank.
         stripes: What the operator `combine` reads.
-        features: Of the hop's output: (input, pooling, width).
         owned: What this rank looks up for others: (channel, cell, pooling, width), in send order.
         relayed: What it looks up by a second hop: (channel, stripe), in send order.
         split_features: Of each split, the first feature that reads it, for messages.
@@ -241,7 +93,6 @@ class HopLayout:
     first_piece: Tensor
     slot_pieces: Tensor
     stripes: Tensor
-    features: Tensor
     owned: list[tuple[int, int, int, int]]
     relayed: list[tuple[int, Stripe]]
     split_features: list[int]
@@ -252,6 +103,54 @@ class HopLayout:
     def num_channels(self) -> int:
         """Channels of all ranks."""
         return int(self.routes.first_channel[-1])
+
+
+class Channels(NamedTuple):
+    """The pairs of a slot and a rank that holds it, split after split; each is a channel."""
+
+    slot: Ints  # counted through all splits
+    holder: Ints
+    is_chosen: NDArray[np.bool_]  # by this rank, to send to
+    number: Ints
+    by_number: Ints
+    first: Ints  # number of the first channel of each rank, and of all
+
+
+def _number_channels(every: Sequence[Slots], ranks: Ranks) -> Channels:
+    holders = [cell for slots in every for cell in slots.holders]
+    holder = np.fromiter(chain.from_iterable(holders), np.int64)
+    slot = np.repeat(np.arange(len(holders)), np.fromiter(map(len, holders), np.int64))
+    chosen = np.fromiter(chain.from_iterable(slots.chosen for slots in every), np.int64)
+    by_number = np.lexsort((slot, holder))
+    number = np.empty_like(by_number)
+    number[by_number] = np.arange(len(by_number))
+    first = np.searchsorted(holder[by_number], np.arange(ranks.world_size + 1))
+    return Channels(slot, holder, holder == chosen[slot], number, by_number, first)
+
+
+class Pieces(NamedTuple):
+    """The pairs of a stripe and a channel, rank after rank, those of a second hop last."""
+
+    stripe: Ints
+    pair: Ints  # the channel's place in `Channels`
+    first: Ints  # of each rank, and the number of all
+    chosen: Ints  # those that this rank is sent, stripe after stripe
+
+
+def _number_pieces(
+    stripes: Sequence[Stripe], first_pair: Ints, split_of: Ints, channels: Channels, world_size: int
+) -> Pieces:
+    """Number the pieces; `first_pair` is that of each split in `channels`."""
+    spans = [np.arange(first_pair[p], first_pair[p + 1]) for p in split_of.tolist()]
+    pair = np.concatenate(spans)
+    stripe = np.repeat(np.arange(len(stripes)), [len(span) for span in spans])
+    by_relay = np.array([s.route.by_relay for s in stripes])
+    holder = channels.holder[pair]
+    order = np.lexsort((pair, stripe, by_relay[stripe], holder))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    first = np.searchsorted(holder[order], np.arange(world_size + 1))
+    return Pieces(stripe[order], pair[order], first, place[channels.is_chosen[pair]])
 
 
 def lay_hop(
@@ -269,66 +168,46 @@ def lay_hop(
     every = [route.slots(ranks) for route in numbers]
     sizes = np.array([len(slots.holders) for slots in every])
     first_slot = _starts(sizes)
+    channels = _number_channels(every, ranks)
+    first_pair = np.searchsorted(channels.slot, first_slot)
+    pieces = _number_pieces(stripes, first_pair, split_of, channels, ranks.world_size)
 
-    # ---- channels: each (slot, holder), rank after rank
-    holders = [cell for slots in every for cell in slots.holders]
-    holder = np.fromiter(chain.from_iterable(holders), np.int64)
-    slot = np.repeat(np.arange(len(holders)), np.fromiter(map(len, holders), np.int64))
-    chosen = np.fromiter(chain.from_iterable(slots.chosen for slots in every), np.int64)
-    is_chosen = holder == chosen[slot]
-    by_rank = np.lexsort((slot, holder))
-    channel = np.empty_like(by_rank)
-    channel[by_rank] = np.arange(len(by_rank))
-    first_channel = np.searchsorted(holder[by_rank], np.arange(ranks.world_size + 1))
-    split_of_slot = np.repeat(np.arange(len(every)), sizes)
-    modes = np.array([route.mode for route in numbers])[split_of_slot]
-    own = by_rank[first_channel[ranks.rank] : first_channel[ranks.rank + 1]]
-
-    # ---- pieces: each (stripe, slot, holder), rank after rank, those of a second hop last
-    first_pair = np.searchsorted(slot, first_slot)
-    spans = [np.arange(first_pair[p], first_pair[p + 1]) for p in split_of.tolist()]
-    pair = np.concatenate(spans)
-    stripe = np.repeat(np.arange(len(stripes)), [len(span) for span in spans])
-    by_relay = np.array([s.route.by_relay for s in stripes])
-    order = np.lexsort((pair, stripe, by_relay[stripe], holder[pair]))
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    first_piece = np.searchsorted(holder[pair][order], np.arange(ranks.world_size + 1))
-    widths = np.array([s.columns[1] for s in stripes])
-    mine = order[first_piece[ranks.rank] : first_piece[ranks.rank + 1]]
-
-    owned, relayed = [], []
-    for s, k in zip(stripe[mine].tolist(), pair[mine].tolist(), strict=True):
-        one, number = stripes[s], int(channel[k] - first_channel[ranks.rank])
+    own_channels, own_pieces = (slice(*one.first[ranks.rank :][:2]) for one in (channels, pieces))
+    owned: list[tuple[int, int, int, int]] = []
+    relayed: list[tuple[int, Stripe]] = []
+    for s, k in zip(pieces.stripe[own_pieces], pieces.pair[own_pieces], strict=True):
+        one, channel = stripes[s], int(channels.number[k] - channels.first[ranks.rank])
         if one.route.by_relay:
-            relayed.append((number, one))
+            relayed.append((channel, one))
             continue
-        row_block = one.row_blocks[int(slot[k] - first_slot[split_of[s]])]
+        row_block = one.row_blocks[int(channels.slot[k] - first_slot[split_of[s]])]
         pooling = Pooling.SUM if one.route.mode == PARTIALS else Pooling.NONE
         cell = cells[one.table, row_block, one.column_block]
-        owned.append((number, cell, int(pooling), one.columns[1]))
+        owned.append((channel, cell, int(pooling), one.columns[1]))
 
-    firsts = np.unique(split_of, return_index=True)[1]
-    tables = np.array([s.table for s in stripes])
+    split_of_slot = np.repeat(np.arange(len(every)), sizes)
+    split_of_channel = split_of_slot[channels.slot[channels.by_number]]
+    modes = np.array([route.mode for route in numbers])
+    widths, tables = np.array([(s.columns[1], s.table) for s in stripes]).T
+    readers = np.unique(split_of, return_index=True)[1]
     return HopLayout(
         routes=Routes(
             *_splits_and_blocks(numbers, every, first_slot),
-            channels=_tensor(channel[is_chosen]),
-            first_channel=_tensor(first_channel),
+            channels=_tensor(channels.number[channels.is_chosen]),
+            first_channel=_tensor(channels.first),
         ),
         is_wide=any(slots.num_rows > _NARROW for slots in every),
-        modes=_tensor(modes[slot[own]]),
-        piece_channels=_tensor(channel[pair[order]]),
-        piece_widths=_tensor(widths[stripe[order]]),
-        first_piece=_tensor(first_piece),
-        slot_pieces=_tensor(place[is_chosen[pair]]),
+        modes=_tensor(modes[split_of_channel[own_channels]]),
+        piece_channels=_tensor(channels.number[pieces.pair]),
+        piece_widths=_tensor(widths[pieces.stripe]),
+        first_piece=_tensor(pieces.first),
+        slot_pieces=_tensor(pieces.chosen),
         stripes=_stripe_numbers(stripes, split_of, _starts(sizes[split_of])),
-        features=_feature_numbers(stripes),
         owned=owned,
         relayed=relayed,
-        split_features=[stripes[first].feature for first in firsts.tolist()],
-        channel_tables=tables[firsts][split_of_slot[slot[by_rank]]],
-        piece_tables=tables[stripe[order]],
+        split_features=[stripes[reader].feature for reader in readers],
+        channel_tables=tables[readers][split_of_channel],
+        piece_tables=tables[pieces.stripe],
     )
 
 
@@ -363,11 +242,6 @@ def _stripe_numbers(stripes: Sequence[Stripe], split_of: Ints, first_base: Ints)
             )
         ]
     )
-
-
-def _feature_numbers(stripes: Sequence[Stripe]) -> Tensor:
-    features = {s.feature: (s.route.input, s.pooling, s.columns[2]) for s in stripes}
-    return _tensor(list(features.values()))
 
 
 # ---- a whole exchange
@@ -482,7 +356,7 @@ def _gains_by_relay(placement: Placement, ranks: Ranks) -> bool:
     if len(ranks.hosts) == 1:
         return False
     for column in zip(*placement.cells, strict=True):
-        found: dict[int, Holders] = {}
+        found: dict[int, tuple[int, ...]] = {}
         for cell in column:
             for host, holders in ranks.by_host(cell).items():
                 if found.setdefault(host, holders) != holders:

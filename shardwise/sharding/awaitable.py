@@ -33,7 +33,28 @@ class NoWait(Awaitable[T]):
         return self._value
 
 
-class LazyAwaitable(Awaitable[T]):
+class Deferred(Awaitable[T]):
+    """A value that takes a wait to get.
+
+    Args:
+        wait: Waits for the value and gives it; called once.
+    """
+
+    def __init__(self, wait: Callable[[], T]) -> None:
+        """Remember how to wait."""
+        self._wait: Callable[[], T] | None = wait
+        self._value: Any = None
+
+    def wait(self) -> T:
+        """Give the value."""
+        if self._wait is not None:
+            self._value = self._wait()
+            self._wait = None  # lets go of what the wait needed
+        value: T = self._value
+        return value
+
+
+class LazyAwaitable(Deferred[T]):
     """A value that is waited for at its first use, as if it were there already.
 
     Attributes, items, arithmetic and PyTorch's functions reach the value, and `isinstance` takes it
@@ -46,22 +67,13 @@ class LazyAwaitable(Awaitable[T]):
 
     def __init__(self, wait: Callable[[], T], result_type: type[T]) -> None:
         """Remember how to wait."""
-        self._wait: Callable[[], T] | None = wait
-        self._value: Any = None
+        super().__init__(wait)
         self._type = result_type
 
     @property  # type: ignore[misc]  # that of `object` can be set
     def __class__(self) -> Any:
         """The type of the value, which is known without waiting."""
         return self._type
-
-    def wait(self) -> T:
-        """Give the value."""
-        if self._wait is not None:
-            self._value = self._wait()
-            self._wait = None  # lets go of what the wait needed
-        value: T = self._value
-        return value
 
     def __getattr__(self, name: str) -> Any:
         """Give an attribute of the value."""

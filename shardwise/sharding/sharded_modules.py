@@ -4,12 +4,17 @@ What `shard` makes keeps its class and gives its result at once. The classes her
 collections with the steps of an exchange as methods, for `DistributedModelParallel` and sharders.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from shardwise.jagged import KeyedJaggedTensor, KeyedTensor
-from shardwise.sharding.awaitable import Awaitable, LazyAwaitable, NoWait
+from shardwise.sharding.awaitable import Awaitable, Deferred, LazyAwaitable, NoWait
+from shardwise.sharding.exchange import Exchange, Passage
+from shardwise.sharding.many_ranks import ManyRanks
+from shardwise.sharding.owners import SlicesWay
 from shardwise.tables import (
     EmbeddingBagCollection,
     EmbeddingCollection,
@@ -20,14 +25,19 @@ from shardwise.tables import (
 from shardwise.tables.collection import Prepared, TableCollection
 
 
+@dataclass
 class Context:
     """What the steps of one call hand on.
 
     Attributes:
         prepared: The input as it is looked up.
+        tables: The slices here.
+        way: How gradients reach them.
     """
 
-    prepared: Prepared
+    prepared: Prepared | None = None
+    tables: Sequence[Tensor] = ()
+    way: SlicesWay | None = None
 
 
 class ShardedModule(nn.Module):
@@ -51,30 +61,54 @@ class ShardedModule(nn.Module):
         """Give the context of one call."""
         return Context()
 
+    def _exchange(self) -> Exchange:
+        layout = self._tables().layout
+        assert isinstance(layout, ManyRanks), "as `make_lazy` wants it"
+        return layout.exchange
+
     def input_dist(
         self, context: Context, features: KeyedJaggedTensor
-    ) -> Awaitable[Awaitable[Prepared]]:
-        """Prepare an input, to be waited for twice: for the counts of ids, then for the ids."""
-        context.prepared = self._tables().prepare_on_all_ranks(self._process(features))
-        return NoWait(NoWait(context.prepared))
+    ) -> Awaitable[Awaitable[Passage]]:
+        """Send the ids to where their rows are, in the background of what follows.
+
+        Returns:
+            To be waited for twice: until it is known what will come, and until that is under way.
+        """
+        prepared = self._tables().prepare_on_all_ranks(self._process(features))
+        call, shape, tables, way, explain = self._tables().arguments(prepared)
+        assert isinstance(way, SlicesWay), "it is of the exchange's `plan_backward`"
+        context.prepared, context.tables, context.way = prepared, tables, way
+        exchange = self._exchange()
+        passage = exchange.start(call, shape, tables, way, explain)
+
+        def send() -> Awaitable[Passage]:
+            exchange.send(passage)
+            return NoWait(passage)
+
+        return Deferred(send)
 
     def prefetch(
-        self, dist_input: Prepared, forward_stream: Any = None, ctx: Context | None = None
+        self, dist_input: Passage, forward_stream: Any = None, ctx: Context | None = None
     ) -> None:
         """Do nothing: tables lie wholly in the memory of their device, so all rows are there."""
 
-    def compute(self, context: Context, dist_input: Prepared) -> Tensor:
-        """Look the rows up."""
-        return self._tables().look_up(dist_input)
+    def compute(self, context: Context, dist_input: Passage) -> Tensor:
+        """Look up what has arrived, and put together what comes back."""
+        assert context.way is not None, "`input_dist` comes first"
+        return self._exchange().finish(dist_input, context.tables, context.way)
 
     def output_dist(self, context: Context, output: Tensor) -> LazyAwaitable[Any]:
         """Give the result, in the form of the plain collection's, when it is used."""
         tables, prepared = self._tables(), context.prepared
+        assert prepared is not None, "`input_dist` comes first"
         return LazyAwaitable(lambda: tables.finish(output, prepared), self.result_type)
 
-    def compute_and_output_dist(self, context: Context, dist_input: Prepared) -> LazyAwaitable[Any]:
-        """Take the last two steps at once."""
-        return self.output_dist(context, self.compute(context, dist_input))
+    def compute_and_output_dist(self, context: Context, dist_input: Passage) -> LazyAwaitable[Any]:
+        """Take the last two steps at once, when the result is used."""
+        return LazyAwaitable(
+            lambda: self.output_dist(context, self.compute(context, dist_input)).wait(),
+            self.result_type,
+        )
 
     def forward(self, features: KeyedJaggedTensor) -> Any:  # a LazyAwaitable
         """Take all steps.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.jagged import KeyedJaggedTensor
-from shardwise.ops.lookup import BadIds, Ids, Pooling, count_bad_ids
+from shardwise.ops.lookup import BadIds, Ids, Pooling, Way, count_bad_ids
 from shardwise.optim.in_backward import Binding, TableOptimizer, read_tags
 from shardwise.optim.rules import BoundRule, bind_rule
 from shardwise.tables.configs import BaseEmbeddingConfig, check_config
-from shardwise.tables.layout import Layout, OneProcess
+from shardwise.tables.layout import Explain, Layout, OneProcess
 from shardwise.tables.parts import Parts
 from shardwise.tables.store import Store
 
@@ -272,6 +272,12 @@ class TableCollection(nn.Module, abc.ABC):
             IndexError: An id is outside its table; names feature, sample, id and table.
             ValueError: Lengths, values or weights contradict each other.
         """
+        return self.layout.look_up(*self.arguments(prepared))
+
+    def arguments(
+        self, prepared: Prepared
+    ) -> tuple[Ids, tuple[int, int], list[Tensor], Way, Explain]:
+        """Give what the layout's lookup takes."""
         features, weights = prepared.features, prepared.weights
         call = Ids(
             features.values().contiguous(),
@@ -287,9 +293,8 @@ class TableCollection(nn.Module, abc.ABC):
             narrow = call._replace(features=self._features * _NO_WIDTH)
             counts = count_bad_ids(self._row_ranges, narrow, (prepared.shape[0], 0))
             self.get_buffer("_ignored").add_(counts)
-        tables = [store.weight for store in self.stores]
-        explain = partial(self._explain, features)
-        return self.layout.look_up(call, prepared.shape, tables, self._parts.way, explain)
+        tables: list[Tensor] = [store.weight for store in self.stores]
+        return call, prepared.shape, tables, self._parts.way, partial(self._explain, features)
 
     def _explain(self, features: KeyedJaggedTensor, error: RuntimeError) -> Exception:
         found = _BAD_ID.search(str(error))

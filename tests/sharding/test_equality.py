@@ -244,26 +244,31 @@ def own_rows(flat: torch.Tensor, batches: list[KeyedJaggedTensor], rank: int, ki
 # ---- a comparison
 
 
-def make_model(run: Run) -> tuple[Model, torch.optim.Optimizer | None]:
+def make_model(run: Run) -> Model:
     torch.manual_seed(7)
-    model = Model(run)
-    optimizer_class, options = RULES[run.rule]
+    return Model(run)
+
+
+def bind(run: Run, model: Model) -> torch.optim.Optimizer:
+    """Make the optimizer of a model."""
+    torch.manual_seed(11)  # of random rounding
     if run.way == "plain":
-        return model, None
-    return model, in_backward(model, optimizer_class, when=run.way, **options)
+        optimizer_class, options = PLAIN_RULES[run.rule]
+        return optimizer_class(model.parameters(), **options)
+    optimizer_class, options = RULES[run.rule]
+    return in_backward(model, optimizer_class, when=run.way, **options)
 
 
 def compare(rank: int, ranks: int, run: Run, plan=None, hosts=()) -> list[str]:
     """Train both models for some steps, and name what differs."""
     hosts = list(hosts) or hosts_of(ranks, run.hosts)
     env = ShardingEnv(ranks, rank, torch.distributed.group.WORLD, hosts=tuple(hosts))
-    plain, plain_optimizer = make_model(run)
-    sharded, optimizer = make_model(run)
+    plain, sharded = make_model(run), make_model(run)
+    plain_optimizer = bind(run, plain)
+    is_bound_before = run.way != "plain" and not run.is_variable  # either must be the same
+    optimizer = bind(run, sharded) if is_bound_before else None
     shard(sharded, plan or plan_of(sharded, ranks, hosts), env)
-    if run.way == "plain":
-        optimizer_class, options = PLAIN_RULES[run.rule]
-        plain_optimizer = optimizer_class(plain.parameters(), **options)
-        optimizer = optimizer_class(sharded.parameters(), **options)
+    optimizer = optimizer or bind(run, sharded)
     failures = []
     for step in range(STEPS):
         batches = [make_batch(other, step, run.is_variable) for other in range(ranks)]

@@ -5,6 +5,7 @@ are not there in every installation, and torch takes a second.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -49,11 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         needs = f"needs {error.name}, which is not installed: pip install shardwise[train]"
         return _fail(f"{parsed.command} {needs}")
-    except (OSError, ValueError) as error:
-        # What the user gave is wrong; anything else is a fault of ours and shows its traceback.
-        return _fail(str(error), 2 if isinstance(error, ConfigError) else 1)
+    except Exception as error:
+        # What the user gave is wrong; anything else is a fault of ours and shows its traceback. An
+        # error that all ranks raise is shown by the first, its traceback where it comes from.
+        is_fault = not isinstance(error, OSError | ValueError)
+        if is_fault and (error.__cause__ is not None or not _is_shared(error)):
+            raise
+        return _fail(str(error), 2 if isinstance(error, ConfigError) else 1, _is_shared(error))
     except KeyboardInterrupt:
-        return _fail("interrupted")
+        return _fail("interrupted", is_known=True)
 
 
 def _run(command: str, options: Sequence[str]) -> int:
@@ -64,6 +69,14 @@ def _run(command: str, options: Sequence[str]) -> int:
     return run(options)
 
 
-def _fail(message: str, status: int = 1) -> int:
-    print(f"shardwise: error: {message}", file=sys.stderr)
+def _is_shared(error: Exception) -> bool:
+    from shardwise.sharding.faults import is_shared
+
+    return is_shared(error)
+
+
+def _fail(message: str, status: int = 1, is_known: bool = False) -> int:
+    """Show an error, but not by all ranks if they all know it; give the exit status."""
+    if not is_known or os.environ.get("RANK", "0") == "0":
+        print(f"shardwise: error: {message}", file=sys.stderr)
     return status

@@ -2,8 +2,9 @@
 
 `step_<n>` is written by torch's distributed checkpoint under another name and renamed when whole.
 It holds tensors by name, and `state.json` with all that is no tensor and the size of every file, so
-that a cut-off file is found before anything is loaded. Distributed checkpoint describes its tensors
-in a pickle; it is read here with no more than the classes such a description is made of.
+that a cut-off file is found before anything is loaded. Several ranks write their own parts, and any
+number of them reads a checkpoint. Distributed checkpoint describes its tensors in a pickle; it is
+read here with no more than the classes such a description is made of.
 """
 
 import json
@@ -24,12 +25,20 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from shardwise.cli.ranks import Ranks
+
 _STATE = "state.json"
 _NAME = re.compile(r"step_(\d+)")
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write `folder/step_<step>` and remove the oldest ones beyond `keep`.
 
@@ -39,24 +48,37 @@ def save_checkpoint(
         tensors: What to save, by name.
         state: What is no tensor; JSON must be able to hold it.
         keep: How many checkpoints to leave, this one among them.
+        ranks: Who saves: each calls this with the same arguments, but with its own parts of
+            tensors, in a folder that all of them see; None: this process alone.
 
     Returns:
         The folder written.
     """
+    ranks = ranks or Ranks()
     path = folder / f"step_{step}"
     unfinished = folder / f".step_{step}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    with ranks.together("preparing a checkpoint"):
+        if ranks.is_first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+    writer = FileSystemWriter(unfinished, overwrite=True)
     with _one_process():
-        save(dict(tensors), storage_writer=FileSystemWriter(unfinished, overwrite=True))
+        save(dict(tensors), storage_writer=writer, no_dist=ranks.count == 1)
+    with ranks.together("finishing a checkpoint"):
+        if ranks.is_first:
+            _finish(unfinished, path, {"step": step, "state": state}, keep)
+    return path
+
+
+def _finish(unfinished: Path, path: Path, content: Mapping[str, Any], keep: int) -> None:
+    """Add the state to a folder that holds all tensors, give it its name, remove old ones."""
     sizes = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
-    text = json.dumps({"step": step, "files": sizes, "state": state}, indent=1)
+    text = json.dumps({"files": sizes, **content}, indent=1)
     (unfinished / _STATE).write_text(text, encoding="utf-8")
     shutil.rmtree(path, ignore_errors=True)
     unfinished.rename(path)
-    for old in list_checkpoints(folder)[:-keep]:
+    for old in list_checkpoints(path.parent)[:-keep]:
         shutil.rmtree(old)
-    return path
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -117,35 +139,28 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     Raises:
         ValueError: The data is damaged.
     """
-    reader = _Reader(path)
-    try:
-        described = reader.read_metadata().state_dict_metadata
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError) as error:
-        raise ValueError(f"checkpoint {path}: file .metadata is damaged ({error})") from error
     tensors = {
         name: torch.empty(saved.size, dtype=saved.properties.dtype)
-        for name, saved in described.items()
-        if name.startswith(prefix) and isinstance(saved, TensorStorageMetadata)
+        for name, saved in _describe(path).items()
+        if name.startswith(prefix)
     }
-    try:
-        with _one_process():
-            load(tensors, storage_reader=reader)
-    except CheckpointException as error:
-        raise ValueError(f"checkpoint {path}: the data of its tensors is damaged") from error
+    _load(path, tensors)
     return tensors
 
 
-def copy_tensors(path: Path, saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy saved tensors into these; nothing is changed unless all of them fit.
+def load_tensors(path: Path, into: Mapping[str, Tensor]) -> None:
+    """Read into these tensors, of which a rank may hold parts; it reads no more than they hold.
 
     Args:
-        path: Where they come from, for the message.
-        saved: What `read_tensors` gave.
-        into: Tensors of the same names.
+        path: One checkpoint, whose files `read_state` has found whole.
+        into: Tensors by name: all that the checkpoint has under the first words of their names.
 
     Raises:
-        ValueError: The names differ, or a shape or a dtype.
+        ValueError: The names differ, or a shape or a dtype, and nothing has been read; or the data
+            is damaged.
     """
+    kinds = {name.partition(".")[0] for name in into}
+    saved = {n: one for n, one in _describe(path).items() if n.partition(".")[0] in kinds}
     missing, unknown = sorted(into.keys() - saved.keys()), sorted(saved.keys() - into.keys())
     if missing or unknown:
         raise ValueError(
@@ -153,15 +168,30 @@ def copy_tensors(path: Path, saved: Mapping[str, Tensor], into: Mapping[str, Ten
             f"{unknown} too many"
         )
     for name, tensor in into.items():
-        here, there = (f"{list(t.shape)} {t.dtype}" for t in (tensor, saved[name]))
+        here = f"{list(tensor.shape)} {tensor.dtype}"
+        there = f"{list(saved[name].size)} {saved[name].properties.dtype}"
         if here != there:
             raise ValueError(
                 f"checkpoint {path}: tensor {name!r} is {there} there and {here} here; use the "
                 "config and the data it was saved with"
             )
-    with torch.no_grad():
-        for name, tensor in into.items():
-            tensor.copy_(saved[name])
+    _load(path, dict(into))
+
+
+def _describe(path: Path) -> dict[str, TensorStorageMetadata]:
+    try:
+        described = _Reader(path).read_metadata().state_dict_metadata
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f"checkpoint {path}: file .metadata is damaged ({error})") from error
+    return {n: one for n, one in described.items() if isinstance(one, TensorStorageMetadata)}
+
+
+def _load(path: Path, into: dict[str, Tensor]) -> None:
+    try:
+        with _one_process():
+            load(into, storage_reader=_Reader(path), no_dist=True)
+    except CheckpointException as error:
+        raise ValueError(f"checkpoint {path}: the data of its tensors is damaged") from error
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from shardwise.cli.problem import Figures
+from shardwise.cli.ranks import Ranks
 from shardwise.data import SampleLoader, Samples
 from shardwise.metrics import (
     AUCMetric,
@@ -38,14 +39,18 @@ def score(predictions: Float[Tensor, " N"], labels: Float[Tensor, " N"]) -> Figu
 
 
 @torch.no_grad()
-def judge(model: nn.Module, samples: Samples) -> Figures:
+def judge(model: nn.Module, samples: Samples, ranks: Ranks) -> Figures:
     """Score a model's predictions; it is left in training mode if it was in it."""
     was_training = model.training
     model.eval()
-    loader = SampleLoader(samples, _BATCH_SIZE, is_shuffled=False)
-    logits = [model(batch.dense_features, batch.sparse_features) for batch in loader]
+    share = {"rank": ranks.rank, "num_ranks": ranks.count}
+    loader = SampleLoader(samples, _BATCH_SIZE, is_shuffled=False, **share)
+    judged = []
+    for batch in loader:
+        logits = model(batch.dense_features, batch.sparse_features).squeeze(1)
+        judged.append(torch.stack([logits.sigmoid(), batch.labels], 1))
     model.train(was_training)
-    return score(torch.cat(logits).squeeze(1).sigmoid(), samples.labels)
+    return score(*ranks.gather_uneven(torch.cat(judged), "predictions of all samples").T)
 
 
 def is_better(figures: Figures, than: Figures) -> bool:

@@ -8,9 +8,12 @@ text of `--help`.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shardwise.cli.checks import ConfigError, require_least, require_positive
+from shardwise.cli.checks import ConfigError, require, require_least, require_positive
 from shardwise.cli.data_config import DataConfig, MovieLensConfig, SequencesConfig
 from shardwise.cli.model_config import DLRMConfig, ModelConfig, SASRecConfig
+
+PLACEMENTS = ("auto", "table_wise", "row_wise", "column_wise", "data_parallel")
+"""What `train.sharding` can be beside the file of a plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,7 @@ class TrainConfig:
     Attributes:
         seed: Of the model's start and of the order of the samples.
         epochs: Times that each training sample is seen.
-        batch_size: Samples per step.
+        batch_size: Samples per step, of all processes together.
         table_rule: How the tables are updated, inside backward.
         table_lr: Learning rate of the tables.
         table_eps: What their rule adds to the root of mean squared gradients.
@@ -28,8 +31,15 @@ class TrainConfig:
         lr_falls: Let both rates fall to 0 in a straight line, step by step.
         patience: Stop after this many epochs without better figures on the validation part, and
             take the best epoch's model; 0: train for all epochs and take the last.
-        num_threads: Threads that share the work of one operator. Small steps lose time with more
-            than one, a lot if the machine is busy; 0: as many as PyTorch chooses.
+        sharding: Where tables lie when several processes train. auto: one larger than an equal
+            share of all bytes by rows on all processes, the others each on the one with the fewest
+            bytes so far; table_wise: each on one, in turn; row_wise or column_wise: a block of each
+            on all; data_parallel: a copy on all; else a JSON file that ShardingPlan.save wrote. One
+            process holds all tables, whatever this says.
+        dense: How several processes share the layers that are no tables: ddp, a copy in each; or
+            fsdp2, a part in each.
+        num_threads: Threads that share the work of one operator, in each process. Small steps lose
+            time with more than one, a lot if the machine is busy; 0: as many as PyTorch chooses.
         resume: Go on from the latest checkpoint in checkpoint.folder.
     """
 
@@ -42,6 +52,8 @@ class TrainConfig:
     dense_lr: float = 0.002
     lr_falls: bool = False
     patience: int = 0
+    sharding: str = "auto"
+    dense: Literal["ddp", "fsdp2"] = "ddp"
     num_threads: int = 1
     resume: bool = False
 
@@ -53,6 +65,9 @@ class TrainConfig:
             require_least(f"train.{name}", getattr(self, name), 0)
         for name in ("table_lr", "table_eps", "dense_lr"):
             require_positive(f"train.{name}", getattr(self, name))
+        is_right = self.sharding in PLACEMENTS or self.sharding.endswith(".json")
+        wanted = f"one of {list(PLACEMENTS)}, or the name of a .json file"
+        require("train.sharding", self.sharding, is_right, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +120,8 @@ class Config:
         train: How to train.
         checkpoint: What to keep of a run.
         log: What to show of a run.
+        processes: Processes on this machine that train together; leave it at 1 under torchrun,
+            which starts them itself.
     """
 
     data: DataConfig = field(default_factory=MovieLensConfig)
@@ -112,10 +129,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    processes: int = 1
 
     def __post_init__(self) -> None:
         """Check what sections ask of one another."""
         check_fit(self.data, self.model)
+        require_least("processes", self.processes, 1)
         if self.train.resume and not self.checkpoint.folder:
             raise ConfigError(
                 "train.resume is set but checkpoint.folder is empty; name the folder to go on from"

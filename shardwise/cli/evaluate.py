@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from shardwise.cli.checkpoint import copy_tensors, find_checkpoint, read_state, read_tensors
+from shardwise.cli.checkpoint import find_checkpoint, load_tensors, read_state
 from shardwise.cli.checks import ConfigError
 from shardwise.cli.config import Config, EvaluateConfig
 from shardwise.cli.problem import compare
+from shardwise.cli.ranks import Ranks
 from shardwise.cli.recipe import build_model, load_problem
 from shardwise.cli.settings import read_options
 from shardwise.cli.trainer import check_config, model_tensors
@@ -29,10 +30,9 @@ def main(options: Sequence[str]) -> int:
     problem = load_problem(config.data)
     model = build_model(config.model, problem)
     # Of a run with train.patience the best epoch's model counts, not the last one's.
-    prefix = "model." if state["best"] is None else "best."
-    saved = {n.removeprefix("best."): t for n, t in read_tensors(path, prefix).items()}
-    copy_tensors(path, saved, model_tensors(model))
-    print(f"{path}, {compare(problem.judge(model, problem.test), problem)}")
+    prefix = "" if state["best"] is None else "best."
+    load_tensors(path, {prefix + name: t for name, t in model_tensors(model).items()})
+    print(f"{path}, {compare(problem.judge(model, problem.test, Ranks()), problem)}")
     return 0
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from shardwise.cli.data_config import SequencesConfig
 from shardwise.cli.problem import Figures, Problem
+from shardwise.cli.ranks import Ranks
 from shardwise.data import (
     SequenceSamples,
     held_out_samples,
@@ -29,7 +30,7 @@ def load_sequences(config: SequencesConfig) -> Problem:
     counts = np.bincount(parts.train.items, minlength=num_items + 1)
 
     def rivals() -> dict[str, Figures]:
-        return {"most taken items": judge(_Popularity(torch.from_numpy(counts)), test)}
+        return {"most taken items": judge(_Popularity(torch.from_numpy(counts)), test, Ranks())}
 
     return Problem(
         train=training_samples(parts.train, max_length=config.max_length),
@@ -46,13 +47,14 @@ def load_sequences(config: SequencesConfig) -> Problem:
 
 
 @torch.no_grad()
-def judge(model: nn.Module, samples: SequenceSamples) -> Figures:
+def judge(model: nn.Module, samples: SequenceSamples, ranks: Ranks) -> Figures:
     """Rank the item that each user took next among all but those taken before.
 
     Args:
         model: Scores every item as `SASRec.score` does; it is left in training mode if it was in
             it.
         samples: Users and the item that each took next.
+        ranks: Who judges them, each a share.
 
     Returns:
         HR@10, the share of users whose item is among the first ten; NDCG@10, which counts it more
@@ -62,7 +64,8 @@ def judge(model: nn.Module, samples: SequenceSamples) -> Figures:
     was_training = model.training
     model.eval()
     metrics = RetrievalMetrics([10])
-    for rows in torch.arange(len(samples)).split(_BATCH_SIZE):
+    for together in torch.arange(len(samples)).split(_BATCH_SIZE):
+        rows = together.tensor_split(ranks.count)[ranks.rank]
         batch = samples.select(rows).batch()
         scores = model.score(batch.features)
         scores[:, 0] = -torch.inf  # items count from 1
@@ -71,6 +74,8 @@ def judge(model: nn.Module, samples: SequenceSamples) -> Figures:
         took_next = JaggedTensor(batch.targets, lengths=torch.ones_like(rows))
         metrics.update(scores, took_next, excluded=JaggedTensor(items, lengths=lengths))
     model.train(was_training)
+    for total in (metrics.sums, metrics.count):
+        total.copy_(ranks.gather(total[None], [1] * ranks.count, "figures of all users").sum(0))
     found = metrics.compute()
     return {"HR@10": found["hr@10"], "NDCG@10": found["ndcg@10"], "MRR": found["mrr"]}
 

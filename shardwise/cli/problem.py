@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from shardwise.cli.ranks import Ranks
 from shardwise.data.samples import Selectable
 from shardwise.metrics import RecMetric
 
@@ -27,7 +28,8 @@ class Problem:
         samples_are: What samples are called, such as "ratings".
         metrics: What is computed from the predictions of training, by the names that are shown; the
             loss is shown anyway.
-        judge: Gives the figures of a model on some samples; the model is left as it was.
+        judge: Gives the figures of a model on some samples, of which each rank judges its share;
+            the model is left as it was.
         is_better: Whether the first of two sets of figures is the better one.
         rivals: Gives the figures on the test part of the simple predictions that a model must beat,
             by their names.
@@ -41,7 +43,7 @@ class Problem:
     dense_names: tuple[str, ...] = ()
     samples_are: str
     metrics: Mapping[str, type[RecMetric]]
-    judge: Callable[[nn.Module, Any], Figures]
+    judge: Callable[[nn.Module, Any, Ranks], Figures]
     is_better: Callable[[Figures, Figures], bool]
     rivals: Callable[[], Mapping[str, Figures]]
 

@@ -19,10 +19,14 @@ class Progress:
         start: Samples seen before, by the run that this one goes on with.
         num_steps: Steps taken before.
         tensorboard: Folder for events; empty: none are written.
+        is_silent: Show and write nothing, as all processes do but the first.
     """
 
-    def __init__(self, *, total: int, start: int, num_steps: int, tensorboard: str) -> None:
+    def __init__(
+        self, *, total: int, start: int, num_steps: int, tensorboard: str, is_silent: bool = False
+    ) -> None:
         """Show an empty bar."""
+        self._is_silent = is_silent
         is_watched = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
@@ -31,9 +35,10 @@ class Progress:
             desc="train",
             dynamic_ncols=is_watched,
             mininterval=0.1 if is_watched else _UNWATCHED_S,
+            disable=is_silent,
         )
         self._writer = None
-        if tensorboard:
+        if tensorboard and not is_silent:
             from torch.utils.tensorboard import SummaryWriter  # slow, and not always wanted
 
             # What an interrupted run wrote past its last checkpoint is hidden.
@@ -46,6 +51,8 @@ class Progress:
 
     def show(self, num_steps: int, figures: Mapping[str, float]) -> None:
         """Put figures of training at the end of the bar and, with samples/s, into the events."""
+        if self._is_silent:
+            return
         texts = {name: f"{value:.4f}" for name, value in figures.items()}
         self._bar.set_postfix(texts, refresh=False)
         now, (before, start) = time.perf_counter(), self._shown
@@ -61,7 +68,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.write(text, file=sys.stdout)
+        if not self._is_silent:
+            self._bar.write(text, file=sys.stdout)
 
     def __enter__(self) -> "Progress":
         """Begin."""

@@ -50,8 +50,8 @@ from shardwise.tables import (
     PoolingType,
 )
 
-Loss = Callable[[Any], tuple[Tensor, Mapping[str, Tensor]]]
-"""Gives the loss of a batch, and what metrics read."""
+Loss = Callable[[Any], tuple[Tensor, Mapping[str, Tensor], int]]
+"""Gives the loss of a batch, what metrics read, and how many numbers the loss is the mean of."""
 
 _OfBags = DLRMConfig | DCNConfig | ProjectionConfig | DeepFMConfig
 
@@ -91,21 +91,34 @@ def build_model(config: ModelConfig, problem: Problem) -> nn.Module:
             return DLRM_Projection(*widths, *branches)
 
 
-def build_loss(config: ModelConfig, model: nn.Module, problem: Problem) -> Loss:
-    """Give what training makes smaller: of clicks the cross-entropy, of items the softmax loss.
-
-    It refuses a damaged batch by a `ValueError`.
-    """
+def add_loss(config: ModelConfig, model: nn.Module) -> nn.Module:
+    """Add what training makes smaller: of clicks the cross-entropy, of items the softmax loss."""
     if isinstance(config, SASRecConfig):
-        return _next_item_loss(config, model)
-    with_loss = DLRMTrain(model)
+        assert isinstance(model, SASRec), f"{type(model).__name__} is not what the config says"
+        return SASRecTrain(model, config.num_negatives or None)
+    return DLRMTrain(model)
 
-    def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+
+def check_batch(batch: Batch | SequenceBatch, problem: Problem) -> None:
+    """Refuse a damaged batch by a `ValueError`."""
+    if isinstance(batch, Batch):
         batch.validate(problem.dense_names)
-        mean, (_, logits, labels) = with_loss(batch)
-        return mean, {"prediction": logits.sigmoid(), "label": labels}
+    else:
+        batch.features.validate()
 
-    return loss
+
+def build_loss(config: ModelConfig, with_loss: nn.Module) -> Loss:
+    """Give a function that runs what `add_loss` gave, by itself or wrapped, on a batch."""
+
+    def of_clicks(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor], int]:
+        mean, (_, logits, labels) = with_loss(batch)
+        return mean, {"prediction": logits.sigmoid(), "label": labels}, len(labels)
+
+    def of_items(batch: SequenceBatch) -> tuple[Tensor, Mapping[str, Tensor], int]:
+        mean, _ = with_loss(batch.features, batch.targets)
+        return mean, {}, len(batch.targets)
+
+    return of_items if isinstance(config, SASRecConfig) else of_clicks
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module, num_steps: int) -> CombinedOptimizer:
@@ -163,15 +176,3 @@ def _build_sasrec(config: SASRecConfig, problem: Problem) -> SASRec:
     ]
     collection = EmbeddingCollection(tables)
     return SASRec(collection, config.num_blocks, config.num_heads, config.dropout)
-
-
-def _next_item_loss(config: SASRecConfig, model: nn.Module) -> Loss:
-    assert isinstance(model, SASRec), f"{type(model).__name__} is not what the config says"
-    with_loss = SASRecTrain(model, config.num_negatives or None)
-
-    def loss(batch: SequenceBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        batch.features.validate()
-        mean, _ = with_loss(batch.features, batch.targets)
-        return mean, {}
-
-    return loss

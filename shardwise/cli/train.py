@@ -12,8 +12,10 @@ from shardwise.cli.checkpoint import list_checkpoints
 from shardwise.cli.checks import ConfigError
 from shardwise.cli.config import Config
 from shardwise.cli.interrupt import deferred_interrupt
+from shardwise.cli.launch import end_with_launcher, launch
 from shardwise.cli.problem import Figures, compare, show
 from shardwise.cli.progress import Progress
+from shardwise.cli.ranks import has_launcher, joined_ranks
 from shardwise.cli.recipe import load_problem
 from shardwise.cli.settings import read_options
 from shardwise.cli.trainer import Trainer
@@ -29,11 +31,32 @@ def main(options: Sequence[str]) -> int:
     """Run `shardwise train` with what follows it on the command line; give the exit status."""
     config = read_options("train", options, _ABOUT, lambda config: config)
     _check_folder(config)
-    trainer = Trainer(config, load_problem(config.data))
+    if config.processes > 1 and not has_launcher():
+        return launch(config.processes, [sys.executable, "-m", "shardwise", "train", *options])
+    end_with_launcher()
+    with joined_ranks() as ranks:
+        if config.processes not in (1, ranks.count):
+            raise ConfigError(f"processes is {config.processes}, but {ranks.count} were started")
+        with ranks.together("reading the data"):
+            problem = load_problem(config.data)
+        trainer = Trainer(config, problem, ranks)
+        with trainer.ranks.together("training"):
+            return _run(trainer)
+
+
+def _run(trainer: Trainer) -> int:
+    """Train and show what came out; give the exit status."""
+    config, is_first = trainer.config, trainer.ranks.is_first
+    if trainer.plan is not None and is_first:
+        print(f"{trainer.ranks.count} processes\n{trainer.plan}")
     if config.train.resume:
-        print(f"going on from {trainer.resume()}")
+        path = trainer.resume()
+        if is_first:
+            print(f"going on from {path}")
     with _threads(config.train.num_threads), deferred_interrupt() as interrupted:
         figures = train(trainer, interrupted)
+    if not is_first:
+        return int(figures is None)
     if figures is None:
         hint = "go on with --train.resume" if config.checkpoint.folder else "nothing was saved"
         print(f"shardwise: interrupted after step {trainer.num_steps}; {hint}", file=sys.stderr)
@@ -50,7 +73,7 @@ def train(trainer: Trainer, interrupted: Event) -> Figures | None:
 
     Args:
         trainer: What to train; saved at the end of each epoch, and when interrupted.
-        interrupted: When set, training ends after the step in work.
+        interrupted: When set in any of the processes, training ends after the step in work.
 
     Returns:
         The figures on the test part, or None if interrupted before the end.
@@ -63,27 +86,28 @@ def train(trainer: Trainer, interrupted: Event) -> Figures | None:
         start=trainer.num_samples,
         num_steps=trainer.num_steps,
         tensorboard=config.log.tensorboard,
+        is_silent=not trainer.ranks.is_first,
     ) as progress:
         while not trainer.is_finished:
             epoch = loader.epoch
-            _train_epoch(trainer, progress, interrupted)
+            is_interrupted = _train_epoch(trainer, progress, interrupted)
             if loader.epoch > epoch:
-                figures = problem.judge(trainer.model, problem.validation or problem.test)
+                figures = trainer.judge(problem.validation or problem.test)
                 trainer.note(figures)
                 progress.record(part.replace(" ", "_"), trainer.num_steps, figures)
                 progress.say(f"epoch {loader.epoch} of {num_epochs}, {part}: {show(figures)}")
             if config.checkpoint.folder:
                 progress.say(f"saved {trainer.save()}")
-            if interrupted.is_set():
+            if is_interrupted:
                 return None
     if figures is not None and problem.validation is None:
         return figures
     trainer.take_best()
-    return problem.judge(trainer.model, problem.test)
+    return trainer.judge(problem.test)
 
 
-def _train_epoch(trainer: Trainer, progress: Progress, interrupted: Event) -> None:
-    """Take the steps left in the epoch, or as many as it takes to be interrupted."""
+def _train_epoch(trainer: Trainer, progress: Progress, interrupted: Event) -> bool:
+    """Take the steps left in the epoch; say whether it was interrupted."""
     config, steps_per_epoch = trainer.config, len(trainer.loader)
     for batch in trainer.loader:
         trainer.step(batch)
@@ -91,11 +115,12 @@ def _train_epoch(trainer: Trainer, progress: Progress, interrupted: Event) -> No
         is_last = trainer.num_steps % steps_per_epoch == 0
         if is_last or trainer.num_steps % config.log.every_steps == 0:
             progress.show(trainer.num_steps, trainer.figures())
-        if interrupted.is_set():
-            return
+        if trainer.ranks.any(interrupted.is_set(), "the end of a step"):
+            return True
         every_steps = config.checkpoint.every_steps
         if every_steps and not is_last and trainer.num_steps % every_steps == 0:
             progress.say(f"saved {trainer.save()}")
+    return False
 
 
 @contextmanager

@@ -10,19 +10,39 @@ import torch
 from torch import Tensor
 
 from shardwise.cli.checkpoint import (
-    copy_tensors,
     find_checkpoint,
+    load_tensors,
     read_state,
     read_tensors,
     save_checkpoint,
 )
 from shardwise.cli.config import Config
+from shardwise.cli.placing import make_plan
 from shardwise.cli.problem import Figures, Problem
-from shardwise.cli.recipe import build_loss, build_model, build_optimizer
+from shardwise.cli.ranks import Ranks
+from shardwise.cli.recipe import (
+    add_loss,
+    build_loss,
+    build_model,
+    build_optimizer,
+    check_batch,
+)
 from shardwise.data import SampleLoader
 from shardwise.metrics import RecMetricModule
+from shardwise.sharding.dense import dense_parallel
+from shardwise.sharding.many_ranks import ManyRanks
+from shardwise.sharding.plan import ShardingPlan
+from shardwise.sharding.shard import shard, sharded_collections
 
-_MAY_DIFFER = {"data.root", "data.path", "train.epochs", "train.num_threads", "train.resume"}
+_MAY_DIFFER = {
+    "data.root",
+    "data.path",
+    "train.dense",
+    "train.epochs",
+    "train.num_threads",
+    "train.resume",
+    "train.sharding",
+}
 
 
 class Trainer:
@@ -30,18 +50,40 @@ class Trainer:
 
     With `train.patience` the weights of the best epoch so far are kept, too.
 
+    Of several ranks each takes its share of every batch, and a batch counts as that of one process
+    does: gradients are averaged over its samples, whatever the shares. Each rank gets the
+    predictions and labels of the whole batch, 8 bytes per sample, so that the metrics of training
+    are those of a single process and a checkpoint's do not depend on how many ranks there are. Only
+    what is drawn at random differs: each rank draws its own.
+
     Args:
         config: What to train and how.
         problem: What to train on.
+        ranks: Who trains; None: this process alone.
     """
 
-    def __init__(self, config: Config, problem: Problem) -> None:
+    def __init__(self, config: Config, problem: Problem, ranks: Ranks | None = None) -> None:
         """Make the model and start at the first sample."""
         torch.manual_seed(config.train.seed)
         self.config = config
         self.problem = problem
+        self.ranks = ranks or Ranks()
         self.model = build_model(config.model, problem)
-        self.loader = SampleLoader(problem.train, config.train.batch_size, seed=config.train.seed)
+        self.plan: ShardingPlan | None = None
+        if self.ranks.count > 1:
+            self.plan = self._shard()
+            torch.manual_seed(config.train.seed + 1_000_003 * self.ranks.rank)
+        self.loader = SampleLoader(
+            problem.train,
+            config.train.batch_size,
+            seed=config.train.seed,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.count,
+        )
+        self._with_loss = add_loss(config.model, self.model)
+        if self.ranks.count > 1:
+            self._with_loss = dense_parallel(self._with_loss, config.train.dense)
+        self._loss_of = build_loss(config.model, self._with_loss)
         num_steps = config.train.epochs * len(self.loader)
         self.optimizer = build_optimizer(config.train, self.model, num_steps)
         metrics = list(problem.metrics.values())
@@ -51,7 +93,18 @@ class Trainer:
         self.best: Figures | None = None
         self._best_weights: dict[str, Tensor] = {}
         self._epochs_since_best = 0
-        self._loss_of = build_loss(config.model, self.model, problem)
+
+    def _shard(self) -> ShardingPlan:
+        """Put the tables where the config says, and talk through what connects them from now on.
+
+        One connection for all lets a rank that waits for ids hear that another one has failed.
+        """
+        with self.ranks.together("planning"):
+            plan = make_plan(self.config.train.sharding, self.model)
+        shard(self.model, plan)
+        layouts = [collection.layout for _, collection in sharded_collections(self.model)]
+        self.ranks = Ranks(next(one.wire for one in layouts if isinstance(one, ManyRanks)))
+        return plan
 
     def step(self, batch: Any) -> None:
         """Train on one batch.
@@ -59,19 +112,56 @@ class Trainer:
         Raises:
             ValueError: The batch is damaged, or the loss is not finite; no weight has changed.
         """
+        with self.ranks.together(
+            "checking a batch"
+        ):  # else others wait for this one in the forward
+            check_batch(batch, self.problem)
         self.optimizer.zero_grad()
-        loss, outputs = self._loss_of(batch)
-        if not torch.isfinite(loss):
+        loss, outputs, count = self._loss_of(batch)
+        mean, share, outputs = self._join(loss, outputs, count)
+        if not math.isfinite(mean):
             raise ValueError(
-                f"step {self.num_steps + 1}: the loss is {loss.item()}; training has diverged, "
+                f"step {self.num_steps + 1}: the loss is {mean}; training has diverged, "
                 "lower train.table_lr or train.dense_lr"
             )
-        loss.backward()
+        (loss * share).backward()
         self.optimizer.step()
         if self.problem.metrics:
             self.metrics.update(outputs)
         self.num_steps += 1
-        self.loss = loss.item()
+        self.loss = mean
+
+    def _join(
+        self, loss: Tensor, outputs: Mapping[str, Tensor], count: int
+    ) -> tuple[float, float, Mapping[str, Tensor]]:
+        """Join the ranks' shares of a batch.
+
+        Returns:
+            The mean loss; what to multiply this rank's by, so that the mean over ranks, which
+            backward takes, is that of the batch; what metrics read, of all samples.
+        """
+        if self.ranks.count == 1:
+            return loss.item(), 1.0, outputs
+        total = loss.item() * count if count else 0.0  # the mean over nothing is no number
+        own = torch.tensor([total, count], dtype=torch.float64)
+        message = torch.cat([own, *(output.double() for output in outputs.values())])
+        shares, k = self.loader.shares, len(outputs)
+        sizes = [2 + k * share for share in shares]
+        parts = self.ranks.gather(message, sizes, "losses and predictions").split(sizes)
+        total, num_all = torch.stack([part[:2] for part in parts]).sum(0).tolist()
+        rows = [part[2:].view(k, share) for part, share in zip(parts, shares, strict=True)]
+        joined = dict(zip(outputs, torch.cat(rows, 1).float(), strict=True))
+        return total / num_all, count * self.ranks.count / num_all, joined
+
+    def judge(self, samples: Any) -> Figures:
+        """Judge the model on some samples; each rank judges its share."""
+        cut: Any = self._with_loss if hasattr(self._with_loss, "unshard") else None  # by FSDP2
+        if cut is not None:
+            cut.unshard()
+        figures = self.problem.judge(self.model, samples, self.ranks)
+        if cut is not None:
+            cut.reshard()
+        return figures
 
     @property
     def num_samples(self) -> int:
@@ -101,7 +191,7 @@ class Trainer:
         self._epochs_since_best += 1
         if self.best is None or self.problem.is_better(figures, self.best):
             self.best, self._epochs_since_best = figures, 0
-            self._best_weights = {n: t.clone() for n, t in model_tensors(self.model).items()}
+            self._best_weights = self._copy_weights()
 
     def take_best(self) -> None:
         """Go back to the weights of the best epoch, where they were kept."""
@@ -121,7 +211,12 @@ class Trainer:
         }
         config = self.config.checkpoint
         return save_checkpoint(
-            Path(config.folder), self.num_steps, self._tensors(), state, keep=config.keep
+            Path(config.folder),
+            self.num_steps,
+            self._tensors(),
+            state,
+            keep=config.keep,
+            ranks=self.ranks,
         )
 
     def resume(self) -> Path:
@@ -135,11 +230,15 @@ class Trainer:
         state = read_state(path)
         check_config(path, state, asdict(self.config), ("data", "model", "train"))
         self.optimizer.init_state()
-        saved = read_tensors(path)
-        torch.set_rng_state(saved.pop("random"))
-        self.metrics.load_state_dict(_take_out("metrics.", saved))
-        self._best_weights = _take_out("best.", saved)
-        copy_tensors(path, saved, self._weights_and_state())
+        load_tensors(path, self._weights_and_state())
+        metrics = read_tensors(path, "metrics.")
+        self.metrics.load_state_dict({n.removeprefix("metrics."): t for n, t in metrics.items()})
+        if state["best"] is not None:
+            self._best_weights = self._copy_weights()
+            load_tensors(path, _named("best.", self._best_weights))
+        random = read_tensors(path, "random")["random"]
+        if self.ranks.rank < len(random):  # others draw on from their start
+            torch.set_rng_state(random[self.ranks.rank].clone())  # a view makes torch 2.13 crash
         self.optimizer.post_load_state_dict()
         self.loader.load_state_dict(state["position"])
         self.num_steps = state["num_steps"]
@@ -148,10 +247,15 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Name every tensor of the run."""
-        metrics = {f"metrics.{name}": tensor for name, tensor in self.metrics.state_dict().items()}
-        best = {f"best.{name}": tensor for name, tensor in self._best_weights.items()}
-        random = {"random": torch.get_rng_state()}
-        return self._weights_and_state() | metrics | best | random
+        metrics, best = self.metrics.state_dict(), self._best_weights
+        ones, own = [1] * self.ranks.count, torch.get_rng_state()
+        random = {"random": self.ranks.gather(own[None], ones, "states of generators")}
+        return (
+            self._weights_and_state() | _named("metrics.", metrics) | _named("best.", best) | random
+        )
+
+    def _copy_weights(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in model_tensors(self.model).items()}
 
     def _weights_and_state(self) -> dict[str, Tensor]:
         """Name the tensors of the model and of the optimizer; they are their own, not copies."""
@@ -163,15 +267,13 @@ class Trainer:
         return model_tensors(self.model) | optimizer
 
 
-def _take_out(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take out the tensors whose names begin with a prefix, and leave it off."""
-    names = [name for name in tensors if name.startswith(prefix)]
-    return {name.removeprefix(prefix): tensors.pop(name) for name in names}
+def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """Name a model's tensors as a checkpoint does."""
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    return _named("model.", model.state_dict())
 
 
 def check_config(

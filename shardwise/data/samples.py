@@ -85,11 +85,21 @@ class SampleLoader(Generic[BatchT]):
     where it stopped, in this loader or, by way of `state_dict`, in another one. The position
     counts batches handed out: whoever fetches ahead must save it as of the batch in work.
 
+    Where several ranks train, each has a loader that hands out its share of every batch, a
+    stretch of it; shares differ by one sample at most. All together are the batches of a single
+    process, and the position is the same on any number of ranks.
+
     Args:
         samples: What to hand out; `Samples`, or anything else that can be selected from.
-        batch_size: Samples per batch; the last batch of an epoch may be smaller.
+        batch_size: Samples per batch, all shares together; the last batch of an epoch may be
+            smaller, and shares of it empty.
         seed: Of the shuffling.
         is_shuffled: Whether epochs are shuffled; if not, batches follow the order of the samples.
+        rank: Which share to hand out.
+        num_ranks: Shares of each batch.
+
+    Raises:
+        ValueError: The batch size is below 1, or there is no such rank.
     """
 
     def __init__(
@@ -99,29 +109,43 @@ class SampleLoader(Generic[BatchT]):
         *,
         seed: int = 0,
         is_shuffled: bool = True,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"SampleLoader: batch_size is {batch_size}; at least 1 is needed")
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"SampleLoader: rank {rank} is not one of {num_ranks} ranks")
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed
         self.is_shuffled = is_shuffled
+        self.rank = rank
+        self.num_ranks = num_ranks
         self.epoch = 0
         self._next_batch = 0
+        self._shares: list[int] = []
 
     def __len__(self) -> int:
         """Give the number of batches of a whole epoch."""
         return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[BatchT]:
-        """Give the batches of this epoch that are left, then move on to the next epoch."""
+        """Give this rank's share of the batches left in the epoch; then comes the next epoch."""
         order = self._order()
         while self._next_batch < len(self):
             start = self._next_batch * self.batch_size
             self._next_batch += 1
-            yield self.samples.select(order[start : start + self.batch_size]).batch()
+            shares = order[start : start + self.batch_size].tensor_split(self.num_ranks)
+            self._shares = [len(share) for share in shares]
+            yield self.samples.select(shares[self.rank]).batch()
         self.epoch += 1
         self._next_batch = 0
+
+    @property
+    def shares(self) -> list[int]:
+        """Samples of each rank in the batch handed out last."""
+        return list(self._shares)
 
     def _order(self) -> Int64[Tensor, " N"]:
         if not self.is_shuffled:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from shardwise.cli.checkpoint import (
-    copy_tensors,
     find_checkpoint,
     list_checkpoints,
+    load_tensors,
     read_state,
     read_tensors,
     save_checkpoint,
@@ -29,7 +29,7 @@ def save(folder: Path, step: int = 3) -> Path:
 def test_what_was_saved_is_loaded(tmp_path):
     path = save(tmp_path)
     into = tensors(start=5.0)
-    copy_tensors(path, read_tensors(path), into)
+    load_tensors(path, into)
     assert read_state(path) == {"epoch": 1}
     assert all(torch.equal(into[name], tensor) for name, tensor in tensors().items())
 
@@ -89,7 +89,7 @@ def test_damaged_state_file_is_named(tmp_path, text):
 def test_mismatch_is_named_and_changes_nothing(tmp_path, name, tensor, message):
     into = tensors(start=5.0) | {name: tensor}
     with pytest.raises(ValueError, match=message):
-        copy_tensors(tmp_path, tensors(), into)
+        load_tensors(save(tmp_path), into)
     assert into["optimizer.state.table.weight.step"] == 12
 
 

@@ -10,6 +10,7 @@ from shardwise.cli import main
 from shardwise.cli.checkpoint import find_checkpoint, read_state
 from shardwise.cli.data_config import SequencesConfig
 from shardwise.cli.next_items import judge, load_sequences
+from shardwise.cli.ranks import Ranks
 from shardwise.cli.settings import read_config
 from shardwise.cli.trainer import Trainer
 from shardwise.data import SequenceSamples
@@ -103,7 +104,7 @@ class Oracle(SASRec):
 )
 def test_items_taken_before_and_item_0_do_not_count(walks, num_better, figures):
     problem = load_sequences(SequencesConfig(path=str(walks)))
-    found = judge(Oracle(num_better), problem.test)
+    found = judge(Oracle(num_better), problem.test, Ranks())
     assert tuple(found.values()) == pytest.approx(figures)
 
 

@@ -53,7 +53,7 @@ def test_best_epoch_is_judged_at_the_end_and_by_evaluate(run, criteo_config, tmp
 def test_validation_part_is_judged_meanwhile_and_the_test_part_in_the_end(run, monkeypatch, capsys):
     sizes = []
 
-    def judge(model, samples):
+    def judge(model, samples, ranks):
         sizes.append(len(samples))
         return {"AUC": 0.5, "NE": 1.0, "calibration": 1.0}
 

@@ -208,7 +208,8 @@ def another(value: object) -> object:
     return kinds.get(type(value), lambda: OTHER.get(value, "other"))()
 
 
-OTHER = {"mean": "sum", "vectors": "scalars", "rowwise_adagrad": "adam"}
+OTHER = {"mean": "sum", "vectors": "scalars", "rowwise_adagrad": "adam", "ddp": "fsdp2"}
+OTHER |= {"auto": "plan.json"}
 
 
 @pytest.mark.parametrize("config", SECTIONS)

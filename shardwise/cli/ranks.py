@@ -1,0 +1,92 @@
+"""The processes that train together: who they are, and what they tell one another."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+from shardwise.sharding.wire import Wire
+
+
+class Ranks:
+    """The processes that train together; of a single one all methods are free.
+
+    Args:
+        wire: Connects them; None: this process is alone.
+
+    Attributes:
+        rank: The number of this one.
+        count: How many there are.
+    """
+
+    def __init__(self, wire: Wire | None = None) -> None:
+        """Take their connection."""
+        self._wire = wire
+        self.rank = 0 if wire is None else wire.rank
+        self.count = 1 if wire is None else wire.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that shows the run and writes what all have in common."""
+        return self.rank == 0
+
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """Let an error that one process raises inside be raised on all; also wait for all."""
+        return nullcontext() if self._wire is None else self._wire.together(what)
+
+    def any(self, is_so: bool, what: str) -> bool:
+        """Say whether something is so in any process."""
+        return is_so if self._wire is None else any(self._wire.meet(what, int(is_so)).wait())
+
+    def gather(
+        self, rows: Shaped[Tensor, "..."], sizes: Sequence[int], what: str
+    ) -> Shaped[Tensor, "..."]:
+        """Join the rows of all processes, in their order.
+
+        Args:
+            rows: Those of this one.
+            sizes: How many each has.
+            what: For messages.
+        """
+        if self._wire is None:
+            return rows
+        copies = rows.repeat(self.count, *[1] * (rows.dim() - 1))
+        own = [sizes[self.rank]] * self.count
+        # The ranks go the same way; one that does not says why, and the others hear it here.
+        sent = self._wire.all_to_all(copies, own, sizes, tag=what, lane="answers", is_agreed=True)
+        return sent.wait()
+
+    def gather_uneven(self, rows: Shaped[Tensor, "..."], what: str) -> Shaped[Tensor, "..."]:
+        """Join the rows of all processes, which do not know how many each has."""
+        ones, number = [1] * self.count, torch.tensor([rows.shape[0]])
+        return self.gather(rows, self.gather(number, ones, what).tolist(), what)
+
+
+def has_launcher() -> bool:
+    """Say whether torchrun, or what sets its variables, has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """Join the processes of the launcher, or take those of torch.distributed if it is set up."""
+    if dist.is_initialized():
+        yield _all_ranks()
+    elif has_launcher():
+        dist.init_process_group("gloo")
+        try:
+            yield _all_ranks()
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield Ranks()
+
+
+def _all_ranks() -> Ranks:
+    group = dist.group.WORLD
+    assert group is not None, "torch.distributed is initialised"
+    return Ranks(Wire(group, name="shardwise train") if group.size() > 1 else None)

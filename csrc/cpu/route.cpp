@@ -122,7 +122,7 @@ void assign_channels(const Job& job) {
   const int64_t num_channels = job.request.num_channels();
   std::fill_n(job.channels, num_channels, Channel{});
   for (const Split& split : job.splits) {
-    const int64_t* numbers = job.request.channels.data<int64_t>() + split.first_slot;
+    const int64_t* numbers = job.channel_of + split.first_slot;
     for (int64_t s = 0; s < split.num_slots; ++s) {
       if (numbers[s] < 0 || numbers[s] >= num_channels) fail("no channel " + str(numbers[s]));
       Channel& channel = job.channels[numbers[s]];
@@ -197,7 +197,7 @@ Results place_all(Job& job) {
     results.bytes = end;
   }
   int64_t* counts = results.counts.mutable_data<int64_t>();
-  for (int64_t c = 0; c < request.num_channels(); ++c) {
+  for (int64_t c = 0, count = request.num_channels(); c < count; ++c) {
     counts[2 * c] = job.channels[c].num_bags;
     counts[2 * c + 1] = job.channels[c].num_ids;
   }
@@ -227,7 +227,8 @@ void route(StableIValue* stack, uint64_t, uint64_t) {
   check(request);
   const int64_t num_inputs = request.bags.dim() == 2 ? request.bags.size(0) : 0;
   const Inputs inputs(request.offsets, request.bags, request.ids.numel(), num_inputs);
-  Job job{request, inputs.offsets(), read_splits(request, inputs), {}, {}};
+  Job job{request, inputs.offsets(), request.channels.data<int64_t>(),
+          read_splits(request, inputs), {}, {}};
   for (size_t p = 0; p < job.splits.size(); ++p) cut_tasks(job, inputs, static_cast<int64_t>(p));
   job.is_small = job.num_items + job.num_bags < kSmallWork;
   thread_local Scratch scratch[3];

@@ -91,7 +91,8 @@ struct Request {
 
 struct Job {
   const Request& request;
-  const int64_t* starts = nullptr;  // of the bags
+  const int64_t* starts;      // of the bags
+  const int64_t* channel_of;  // of each slot
   std::vector<Split> splits;
   std::vector<Piece> pieces;
   std::vector<Task> tasks;
@@ -107,7 +108,7 @@ struct Job {
   int64_t* origins = nullptr;
 
   Channel& channel(const Split& split, int64_t slot) const {
-    return channels[request.channels.data<int64_t>()[split.first_slot + slot]];
+    return channels[channel_of[split.first_slot + slot]];
   }
   int64_t num_ids(const Piece& piece) const {
     return starts[piece.first_bag + piece.num_bags] - starts[piece.first_bag];

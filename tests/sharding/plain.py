@@ -17,6 +17,7 @@ from shardwise.ops.lookup import (
     plan_backward,
     restrict,
 )
+from shardwise.sharding.codecs import Codecs
 from shardwise.sharding.environment import equal_hosts
 from shardwise.sharding.exchange import Exchange
 from shardwise.sharding.layout import Cell
@@ -47,6 +48,7 @@ class Case:
     is_weighted: bool = False
     is_variable: bool = False
     num_hosts: int = 1
+    codecs: Codecs = Codecs()  # noqa: RUF009  # frozen
     steps: int = 3
     bag_length: int = 4
     settings: Settings = Settings(eps=1e-2, weight_decay=0.01)  # noqa: RUF009  # frozen
@@ -188,7 +190,7 @@ def shard(case: Case, ranks: int, tables: list[Tensor]) -> tuple[Exchange, list[
     """The exchange of a case with this rank's slices and the rule for them."""
     hosts = equal_hosts(ranks, ranks // case.num_hosts)
     wire = Wire(torch.distributed.group.WORLD, name="test", hosts=hosts)
-    exchange = Exchange(case.numbers, case.placements, wire)
+    exchange = Exchange(case.numbers, case.placements, wire, codecs=case.codecs)
     slices = [
         cut(tables[cell.table].detach(), cell).clone().requires_grad_() for cell in exchange.cells
     ]

@@ -1,16 +1,23 @@
 """The exchange equals the plain lookup: what must agree to the bit, and what nearly."""
 
 import pytest
+import torch
 
+from shardwise.sharding.codecs import BF16, FP8, FP16, INT8, Codecs
 from tests.sharding.plain import (
     MEAN,
     NONE,
     SUM,
     Case,
+    as_call,
     by_columns,
     by_rows,
     differences,
+    draw,
     everywhere,
+    grid,
+    shape_of,
+    shard,
     whole,
 )
 
@@ -69,3 +76,72 @@ def test_rank_without_a_slice_takes_part(ranks):
     found = differences(ranks, 4, Case((whole("a", 2),), ((0, 0, SUM),), is_weighted=True))
     assert (found.outputs, found.rows) == (0, 0)
     assert found.weights < 1e-6
+
+
+# ---- weights of one rank, faults, codecs
+
+
+def ask_on_one_rank(rank: int, ranks: int):
+    case = Case(
+        (whole("a", 0), everywhere("b", ranks)), ((0, 0, SUM), (0, 1, SUM)), is_weighted=True
+    )
+    tables = [torch.ones(13, 8), torch.ones(13, 8)]
+    exchange, slices, _ = shard(case, ranks, tables)
+    call = as_call(case, draw(case, rank, 0))
+    call.weights.requires_grad_(rank == 1)
+    for table in slices:  # only the weights of rank 1 want gradients
+        table.requires_grad_(False)
+    way = exchange.plan_backward([])
+    out = exchange(call, shape_of(case, draw(case, rank, 0)), slices, way, lambda error: error)
+    out.sum().backward()
+    return call.weights.grad
+
+
+def test_gradients_of_weights_may_be_asked_for_by_one_rank(ranks):
+    first, second = ranks(2, ask_on_one_rank)
+    assert first is None
+    assert second.unique().tolist() == [16.0]  # 8 columns of ones from each table
+
+
+def look_up_bad_id(rank: int, ranks: int, table: str):
+    case = Case((whole("a", 0), everywhere("b", ranks)), ((0, 0, SUM), (1, 1, SUM)))
+    exchange, slices, _ = shard(case, ranks, [torch.ones(13, 8)] * 2)
+    call = as_call(case, draw(case, rank, 0))
+    if rank == 1:
+        call.ids[0 if table == "a" else -1] = 13
+    with pytest.raises(RuntimeError) as found:
+        exchange(call, (3 + rank, 16), slices, exchange.plan_backward([]), lambda error: error)
+    return str(found.value)
+
+
+@pytest.mark.parametrize(("table", "number"), [("a", 0), ("b", 1)])
+def test_bad_id_of_one_rank_is_an_error_on_all(ranks, table, number):
+    for text in ranks(2, look_up_bad_id, table):
+        assert text.startswith(f"rank 1: shardwise: feature {number}, bag ")
+        assert text.endswith(f"id 13 is outside table {number} of 13 rows")
+
+
+def refuse(rank: int, ranks: int):
+    case = Case((whole("a", 0),), ((0, 0, SUM),))
+    exchange, slices, _ = shard(case, ranks, [torch.ones(13, 8)])
+    call = as_call(case, draw(case, rank, 0))
+    way = exchange.plan_backward([])
+    arguments = (call, (3 + rank, 8), slices, way, lambda error: error)
+    with pytest.raises(KeyError) as found:
+        exchange.refuse(KeyError("no feature 'x'")) if rank == 1 else exchange(*arguments)
+    return found.value.args[0]
+
+
+def test_error_before_the_lookup_is_raised_on_all(ranks):
+    assert ranks(2, refuse) == ["rank 1: no feature 'x'"] * 2
+
+
+@pytest.mark.parametrize(
+    ("codec", "limit"), [(FP16, 2**-10), (BF16, 2**-7), (FP8, 2**-3), (INT8, 2**-6)]
+)
+def test_codecs_keep_results_within_their_precision(ranks, codec, limit):
+    tables = (by_rows("a", 2), grid("b", (0, 13), (0, 16, 32), [[0, 1]]))
+    case = Case(tables, ((0, 0, SUM), (1, 1, MEAN)), codecs=Codecs(codec, codec), steps=1)
+    found = differences(ranks, 2, case)
+    assert 0 < found.outputs < limit
+    assert found.rows < limit

@@ -156,15 +156,15 @@ class SASRec(nn.Module):
         """
         items = self.sequences(features)
         states, _ = self.encode(items)
-        before_first = states.new_zeros(1, states.shape[1])
-        ends = torch.where(items.lengths() > 0, items.lengths().cumsum(0), 0)
-        return torch.cat([before_first, states]).index_select(0, ends)
+        return _last_states(items, states)
 
     def score(self, features: KeyedJaggedTensor) -> Float[Tensor, "B R"]:
         """Score every item as the next one of each sequence; the rest is as of `forward`."""
-        table, _ = self.embedding_collection.table_parameters().values()
-        states: Tensor = self(features)
-        return states @ table.float().T
+        items = self.sequences(features)
+        every = torch.arange(self.num_items, device=items.values().device)
+        # Looked up as any others are, since a part of the table may lie elsewhere.
+        states, vectors = self.encode(items, every.to(items.values().dtype))
+        return _last_states(items, states) @ vectors.T
 
     def sequences(self, features: KeyedJaggedTensor) -> JaggedTensor:
         """Give the key that the model reads; where it is the only one, without a look at lengths.
@@ -222,6 +222,13 @@ class SASRec(nn.Module):
         if torch.compiler.is_compiling():  # a shape that does not depend on the data
             return self.max_length
         return int(lengths.max()) if lengths.numel() else 0
+
+
+def _last_states(items: JaggedTensor, states: Tensor) -> Tensor:
+    """Give the state after the last item of each sequence, zeros where there is none."""
+    before_first = states.new_zeros(1, states.shape[1])
+    ends = torch.where(items.lengths() > 0, items.lengths().cumsum(0), 0)
+    return torch.cat([before_first, states]).index_select(0, ends)
 
 
 class SASRecTrain(nn.Module):

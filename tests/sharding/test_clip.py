@@ -120,3 +120,13 @@ def scale(rank, world_size):
 
 def test_overflow_in_one_slice_skips_the_step_on_all_ranks(ranks):
     assert ranks(2, scale) == [([True, False, True], 2.0, True)] * 2
+
+
+def test_scaler_without_slices_is_that_of_pytorch():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scaler = GradScaler("cpu", init_scale=4.0)
+    scaler.scale(parameter.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(parameter, torch.zeros(2))

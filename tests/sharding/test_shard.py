@@ -1,5 +1,7 @@
 """Sharding in place: weights, names, rules, meta tables, forms of plans, bad plans."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
@@ -13,11 +15,12 @@ from shardwise.sharding import (
     column_wise,
     construct_module_sharding_plan,
     data_parallel,
+    replicas,
     row_wise,
     shard,
+    sharded_parameters,
     table_wise,
 )
-from shardwise.sharding.shard import sharded_parameters
 from shardwise.tables import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
@@ -62,6 +65,26 @@ def test_slices_are_of_the_ranks_own_copy_and_replicas_of_the_first(ranks):
     assert second
     assert torch.equal(b, copy)
     assert torch.equal(b, make(seed=0).embedding_bags["b"].weight)
+
+
+def replicate_on_some(rank, world_size):
+    sharded = make(seed=rank)
+    in_backward(sharded, RowWiseAdagrad, initial_accumulator_value=rank)
+    parts = [
+        Slice("a", (0, 10), (0, 8), (1, 3)),
+        Slice("b", (0, 6), (0, 4), (0, 2, 3)),
+    ]
+    with patch.object(replicas, "_ELEMENTS_AT_ONCE", 7):  # in many pieces
+        shard(sharded, parts)
+    wanted = {0: (make(seed=1), 1.0), 1: (make(seed=0), 0.0)}
+    for store in sharded.stores:
+        plain, state = wanted[store.key]
+        assert torch.equal(store.weight, store.cut(plain.stores[store.key].weight))
+        assert torch.equal(store.states["sum"], torch.full((store.weight.shape[0],), state))
+
+
+def test_replicas_on_some_ranks_are_those_of_their_first(ranks):
+    ranks(4, replicate_on_some)
 
 
 def name_slices(rank, world_size):

@@ -20,7 +20,9 @@ from shardwise.sharding import (
     construct_module_sharding_plan,
     get_default_sharders,
     row_wise,
+    table_wise,
 )
+from shardwise.sharding.codecs import CommType, QCommsConfig, get_qcomm_codecs_registry
 from shardwise.sharding.sharders import read_fused_params
 from shardwise.tables import (
     EmbeddingBagCollection,
@@ -152,3 +154,21 @@ def test_options_no_rule_has_are_refused():
     sharder.tag_tables(module)
     with pytest.raises(ValueError, match="has no option cache_load_factor"):
         module[0](batch())
+
+
+def shard_with_codecs(rank, world_size):
+    module = EmbeddingBagCollection([EmbeddingBagConfig(6, 4, "a")])
+    torch.nn.init.constant_(module.embedding_bags["a"].weight, 1 + 2**-10)  # 1 in bf16
+    plan = construct_module_sharding_plan(
+        module, {"a": table_wise(0)}, world_size=world_size, device_type="cpu"
+    )
+    config = QCommsConfig(forward_precision=CommType.BF16)
+    sharder = EmbeddingBagCollectionSharder(qcomm_codecs_registry=get_qcomm_codecs_registry(config))
+    env = ShardingEnv.from_process_group(torch.distributed.group.WORLD)
+    sharded = sharder.shard(module, plan, env)
+    ids = KeyedJaggedTensor(["a"], torch.tensor([3]), lengths=torch.tensor([1]))
+    return sharded(ids).values().flatten().tolist()
+
+
+def test_codecs_of_the_registry_are_used(ranks):
+    assert ranks(2, shard_with_codecs)[1] == [1.0] * 4

@@ -2,9 +2,11 @@
 
 An operator has one schema (a line of `schemas.inc`, which C++ includes too), a plain PyTorch
 reference and a fake version for tracing. The compiled CPU version, when there, is registered by
-the library itself as it loads. The reference serves every device that has no version of its own.
+the library itself as it loads. Triton versions are loaded when the first CUDA tensor comes. The
+reference serves every device that has no version of its own.
 """
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -16,6 +18,12 @@ import torch
 _INSTALLED = Path(__file__).parent.parent / "_lib" / "libshardwise.so"
 _LIBRARY = Path(os.environ.get("SHARDWISE_LIBRARY", _INSTALLED))  # another one for `make sanitize`
 _SCHEMAS = Path(__file__).with_name("schemas.inc")
+
+GPU_VERSIONS = dict.fromkeys(
+    ("lookup", "count_bad_ids", "update_", "row_sums", "row_grads", "weight_grads"),
+    "shardwise.ops.lookup.gpu",
+)
+"""Operators with a Triton version, and the module whose function of that name it is."""
 
 
 def _load() -> bool:
@@ -39,6 +47,28 @@ is_compiled: bool = _load()
 """Whether the compiled CPU operators are in use."""
 
 
+def _load_for_gpu(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function that becomes the Triton version of an operator at its first call."""
+    found: list[Callable[..., Any]] = []
+
+    def run(*arguments: Any) -> Any:
+        if not found:
+            try:
+                found.append(getattr(importlib.import_module(GPU_VERSIONS[name]), name))
+            except ModuleNotFoundError as error:
+                if error.name != "triton":
+                    raise
+                warnings.warn(
+                    f"Triton is not installed: on CUDA, {name} runs its slower PyTorch reference; "
+                    f"install the triton that your torch names",
+                    stacklevel=2,
+                )
+                found.append(reference)
+        return found[0](*arguments)
+
+    return run
+
+
 def register(
     name: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -54,6 +84,8 @@ def register(
     """
     qualified = f"shardwise::{name}"
     torch.library.impl(qualified, "CompositeExplicitAutograd")(reference)
+    if name in GPU_VERSIONS:
+        torch.library.impl(qualified, "CUDA")(_load_for_gpu(name, reference))
     torch.library.register_fake(qualified)(fake)
     operator: Callable[..., Any] = getattr(torch.ops.shardwise, name).default
     return operator

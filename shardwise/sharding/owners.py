@@ -8,6 +8,7 @@ of the distinct rows are made first; then replicas add theirs up, row sums are e
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -124,6 +125,10 @@ class Owners:
         is_cut = any(self._is_cut[self._cells[cell].table] for cell in update.tables)
         return update.rule.num_sums > 0 and is_cut
 
+    @cached_property
+    def _row_sums(self) -> RowSums:
+        return RowSums(self._cells, self._placements, self._wire, self._path)
+
     @property
     def whole_rows(self) -> WholeRows | None:
         """What completes row sums for an optimizer of gradients; None if all rows are whole."""
@@ -134,8 +139,7 @@ class Owners:
         none = torch.empty(0)
         every = [sums.get(cell, none) for cell in range(len(self._cells))]
         counts = [len(one) for one in every]
-        add = RowSums(self._cells, self._placements, self._wire, self._path)
-        totals = add(torch.cat(every)[:, None], counts).split(counts)
+        totals = self._row_sums(torch.cat(every)[:, None], counts).split(counts)
         widths = [self._placements[cell.table].num_columns for cell in self._cells]
         return {cell: totals[cell][:, 0] / widths[cell] for cell in sums}
 

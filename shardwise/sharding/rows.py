@@ -4,7 +4,8 @@ All go as messages between the ranks concerned, in one all-to-all for all tables
 known from the plan, so only numbers of rows go ahead.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,12 @@ class Replicas:
         """Find the slices with replicas."""
         self._wire, self._path = wire, path
         self._cells = [(i, cell) for i, cell in enumerate(cells) if len(cell.replicas) > 1]
+        for _, cell in self._cells:
+            if cell.part.num_rows >= 2**31:
+                raise ValueError(
+                    f"table {placements[cell.table].table!r}: a slice of {cell.part.num_rows} rows "
+                    f"has replicas on ranks {cell.replicas}; cut it below {2**31} rows"
+                )
         self._are_any = any(
             len(ranks) > 1 for placement in placements for row in placement.cells for ranks in row
         )
@@ -67,21 +74,27 @@ class Replicas:
             if is_dense[k]
         }
         first = self._send_first(own, full, counts)
-        sums = {k: torch.stack([first[r][k] for r in self._cells[k][1].replicas]) for k in full}
-        parts = {k: _add_in_order(stack) for k, stack in sums.items()}
+        parts = {  # sums in rank order
+            k: reduce(torch.add, [first[rank][k] for rank in self._cells[k][1].replicas])
+            for k in full
+        }
         second = self._send_parts(parts)
-        for k, (i, cell) in enumerate(self._cells):
-            if is_dense[k]:
-                whole = torch.cat([second[r][k] for r in cell.replicas])
-                rows = whole[:, -1].nonzero()[:, 0]
-                merged[i] = rows, whole[rows, :-1]
-            else:
-                pieces = [first[r][k] for r in cell.replicas]
-                rows = torch.cat([p[:, 0].contiguous().view(torch.int32) for p in pieces]).long()
-                (merged[i],) = sum_rows(
-                    [tables[i]], [rows], [torch.cat([p[:, 1:] for p in pieces])]
-                )
-        return merged
+        for k in full:
+            i, cell = self._cells[k]
+            whole = torch.cat([second[rank][k] for rank in cell.replicas])
+            rows = whole[:, -1].nonzero()[:, 0]
+            merged[i] = rows, whole[rows, :-1]
+        return merged | self._sum_rows(first, tables, [k for k in range(len(own)) if k not in full])
+
+    def _sum_rows(
+        self, received: Sequence[Mapping[int, Tensor]], tables: Sequence[Tensor], ks: Sequence[int]
+    ) -> dict[int, RowGrads]:
+        """Add up rows that came with their gradients, in rank order."""
+        numbers = [self._cells[k][0] for k in ks]
+        joined = [torch.cat([received[rank][k] for rank in self._cells[k][1].replicas]) for k in ks]
+        rows = [one[:, 0].contiguous().view(torch.int32).long() for one in joined]
+        grads = [one[:, 1:] for one in joined]
+        return dict(zip(numbers, sum_rows([tables[i] for i in numbers], rows, grads), strict=True))
 
     def _count(self, own: Sequence[int]) -> list[dict[int, int]]:
         """Give, per slice with replicas, how many rows each holder has."""
@@ -137,7 +150,16 @@ class Replicas:
 
         return self._exchange(piece, shape, "sums of replicas")
 
-    def _exchange(self, piece, shape, tag: str) -> list[dict[int, Tensor]]:  # type: ignore[no-untyped-def]
+    def _exchange(
+        self,
+        piece: Callable[[int, int], Tensor],
+        shape: Callable[[int, int, int], tuple[int, int]],
+        tag: str,
+    ) -> list[dict[int, Tensor]]:
+        """Send each holder `piece(slice, receiver)`; give what each rank sent, by slice.
+
+        What is received has `shape(slice, receiver, sender)`.
+        """
         me, ranks = self._wire.rank, range(self._wire.world_size)
         sends = [[piece(k, rank).reshape(-1) for k in self._shared[rank]] for rank in ranks]
         shapes = [[shape(k, me, rank) for k in self._shared[rank]] for rank in ranks]
@@ -173,13 +195,6 @@ def _densify(rows: Tensor, grads: Tensor, num_rows: int) -> Tensor:
     full[rows, :-1] = grads
     full[rows, -1] = 1
     return full
-
-
-def _add_in_order(stack: Tensor) -> Tensor:
-    total = stack[0].clone()
-    for part in stack[1:]:
-        total += part
-    return total
 
 
 def _part(num_rows: int, replicas: Sequence[int], rank: int) -> tuple[int, int]:

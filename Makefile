@@ -7,7 +7,7 @@ BIN := .venv/bin
 .DELETE_ON_ERROR:
 
 demo: build
-	$(BIN)/shardwise train examples/movielens.toml
+	$(BIN)/shardwise train examples/movielens.toml --processes 2
 
 test: build
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,9 +1,12 @@
 """The Python in the README and the documentation runs."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,13 +21,29 @@ def snippets(path: Path) -> list[tuple[int, str]]:
 PAGES = [path for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")] if snippets(path)]
 
 
+def run_page(page: Path) -> dict[str, object]:
+    """Run the blocks of a page, of which later ones see earlier ones; give the names they leave."""
+    names: dict[str, object] = {"__name__": "__main__"}
+    for line, code in snippets(page):
+        exec(compile("\n" * line + code, page, "exec"), names)
+    return names
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_of_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # what a snippet writes is gone with the test
-    names = {"__name__": "__main__"}
-    for line, code in snippets(page):
-        exec(compile("\n" * line + code, page, "exec"), names)  # later blocks see earlier ones
-    assert len(names) > 1
+    assert len(run_page(page)) > 1
+
+
+def count_ranks(rank: int, world_size: int, page: Path) -> int:
+    with contextlib.redirect_stdout(io.StringIO()):
+        names = run_page(page)
+    return sum(name in names for name in ("ranks", "num_ranks")) * dist.get_world_size()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/sharding.md"])
+def test_python_of_page_runs_on_two_ranks(ranks, page):
+    assert ranks(2, count_ranks, ROOT / page) == [2, 2]
 
 
 def test_readme_shows_python():

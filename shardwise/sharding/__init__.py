@@ -13,8 +13,16 @@ from shardwise.sharding.builders import (
     table_row_wise,
     table_wise,
 )
+from shardwise.sharding.codecs import (
+    CommOp,
+    CommType,
+    QCommsConfig,
+    get_qcomm_codecs,
+    get_qcomm_codecs_registry,
+)
 from shardwise.sharding.dense import dense_parallel
 from shardwise.sharding.environment import ShardingEnv, get_local_rank, get_local_size
+from shardwise.sharding.in_step import in_step, together
 from shardwise.sharding.model_parallel import (
     DataParallelWrapper,
     DefaultDataParallelWrapper,
@@ -57,9 +65,12 @@ from shardwise.sharding.sharders import (
     get_default_sharders,
 )
 from shardwise.sharding.sliced import SlicedTensor
+from shardwise.sharding.wire import Wire
 
 __all__ = [
     "Awaitable",
+    "CommOp",
+    "CommType",
     "DataParallelWrapper",
     "DefaultDataParallelWrapper",
     "DistributedModelParallel",
@@ -76,6 +87,7 @@ __all__ = [
     "NoWait",
     "ParameterSharding",
     "Placement",
+    "QCommsConfig",
     "ShardedEmbeddingBagCollection",
     "ShardedEmbeddingCollection",
     "ShardedFeatureProcessedEmbeddingBagCollection",
@@ -87,6 +99,7 @@ __all__ = [
     "ShardingType",
     "Slice",
     "SlicedTensor",
+    "Wire",
     "answered",
     "apply_to_all",
     "check_equal_plans",
@@ -98,9 +111,12 @@ __all__ = [
     "get_local_rank",
     "get_local_size",
     "get_module",
+    "get_qcomm_codecs",
+    "get_qcomm_codecs_registry",
     "get_unsharded_module_names",
     "get_unwrapped_module",
     "grid_shard",
+    "in_step",
     "place_tables",
     "plan_hash",
     "row_wise",
@@ -111,4 +127,5 @@ __all__ = [
     "table_column_wise",
     "table_row_wise",
     "table_wise",
+    "together",
 ]

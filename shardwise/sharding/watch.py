@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -26,6 +27,10 @@ State: TypeAlias = dict[str, Any]
 _ALARM = "alarm"
 _GIVEN_UP = "gave up"
 _INNER = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+
+
+# All of this process, as a rank that does not come may wait among others.
+_watches: "weakref.WeakSet[Watch]" = weakref.WeakSet()
 
 
 class Step(NamedTuple):
@@ -75,6 +80,7 @@ class Watch:
         self._wants_answers = False
         self._stopped, self._woken = threading.Event(), threading.Event()
         self._interval_s = min(max(timeout_s / 20, 0.05), 2.0)
+        _watches.add(self)
         self._main = threading.main_thread().ident
         self._thread: threading.Thread | None = None
         if store is not None:
@@ -153,7 +159,9 @@ class Watch:
 
     def _state(self) -> State:
         state: State = {"for_s": round(time.monotonic() - self._since, 1), "where": self._where()}
-        for name, step in (("waits", self.waits), ("last", self.last)):
+        elsewhere = (other.waits for other in list(_watches) if other.waits is not None)
+        waits = self.waits or next((Step(-1, step.tag) for step in elsewhere), None)
+        for name, step in (("waits", waits), ("last", self.last)):
             if step is not None:
                 state[name] = list(step)
         if self.fault is not None:
@@ -220,6 +228,8 @@ class Watch:
             return error
         said = [text for rank in others if (text := self._say(rank, step))]
         missing = some(said) or "all other ranks wait there, too: their network may be cut"
+        if not self._is_alarmed:
+            missing += "; no rank could be asked, as the process group's store does not answer"
         return share(RuntimeError(f"{head} after {waited_s:.1f} s: {missing} ({cause})"))
 
     def _say(self, rank: int, step: Step) -> str:
@@ -235,7 +245,8 @@ class Watch:
             number, tag = state["waits"]
             if tag == step.tag and number == step.number:
                 return ""
-            return f"{who} waits for {tag} instead (meeting {number}, here {step.number})"
+            meetings = f" (meeting {number}, here {step.number})" if number >= 0 else ""
+            return f"{who} waits for {tag} instead{meetings}"
         before = f"; its last was {state['last'][1]}" if "last" in state else ""
         return (
             f"{who} has not come: since {state['for_s']} s it is in no collective, but at "

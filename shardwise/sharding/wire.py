@@ -102,6 +102,7 @@ class Wire:
         self.traffic: Counter[str] = Counter()
         self.between_hosts: Counter[str] = Counter()
         self.watch: Watch | None = None
+        self._outer: Wire | None = None
         self._timeout_s = timeout_s if timeout_s is not None or group is None else _timeout(group)
         ranks = [0] if group is None else dist.get_process_group_ranks(group)
         self._join(group, name, hosts or (tuple(range(len(ranks))),), ranks)
@@ -151,8 +152,6 @@ class Wire:
         ranks = [self._ranks[rank] for rank in own]
         inner._join(self._group, f"{self.name} within a host", (tuple(range(len(own))),), ranks)
         return inner
-
-    _outer: "Wire | None" = None
 
     def host(self, rank: int) -> int:
         """Give the number of a rank's host."""

@@ -5,6 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardwise.jagged import KeyedJaggedTensor
+from shardwise.optim import in_backward
+from shardwise.sharding import (
+    EmbeddingBagCollectionSharder,
+    construct_module_sharding_plan,
+    row_wise,
+    shard,
+    table_wise,
+)
 from shardwise.sharding.codecs import (
     BF16,
     FP8,
@@ -20,6 +29,7 @@ from shardwise.sharding.codecs import (
     get_qcomm_codecs_registry,
     read_registry,
 )
+from shardwise.tables import EmbeddingBagCollection, EmbeddingBagConfig
 
 ALL = [FP32, FP16, BF16, FP8, INT8]
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -123,3 +133,34 @@ def test_codecs_that_cannot_both_hold_are_refused():
         Codec(CommType.INT8, scale=2.0)
     with pytest.raises(ValueError, match="codec fp16: chunk 8"):
         Codec(CommType.FP16, chunk=8)
+
+
+def train(rank, world_size, codecs):
+    """Give the outputs before and the rows after one step of tables that lie in slices."""
+    configs = [EmbeddingBagConfig(20, 16, name, feature_names=["f"]) for name in ("a", "b")]
+    torch.manual_seed(0)
+    bags = EmbeddingBagCollection(configs)
+    optimizer = in_backward(bags, torch.optim.SGD, lr=1.0)
+    if codecs is not None:
+        plan = construct_module_sharding_plan(bags, {"a": row_wise(), "b": table_wise(rank=0)})
+        sharder = EmbeddingBagCollectionSharder(
+            qcomm_codecs_registry={op.name: codecs for op in CommOp}
+        )
+        shard(bags, plan, sharder=sharder)
+    ids = torch.arange(20).repeat(2)
+    batch = KeyedJaggedTensor(["f"], ids, lengths=torch.tensor([10, 10, 15, 5]))
+    values = bags(batch).values()
+    (values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum().backward()
+    assert optimizer is not None
+    rows = [v if codecs is None else v.full() for v in bags.state_dict().values()]
+    return values.detach(), torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("codec", "error"), [(FP32, 1e-6), (FP16, 1e-3), (BF16, 1e-2), (FP8, 0.1), (INT8, 0.01)]
+)
+def test_sharded_tables_differ_by_the_codecs_error_only(ranks, codec, error):
+    plain, rows = train(0, 1, None)
+    for values, sharded_rows in ranks(2, train, Codecs(codec, codec)):
+        assert 0 < (values - plain).abs().max() / plain.abs().max() < error or codec == FP32
+        assert (sharded_rows - rows).abs().max() / rows.abs().max() < error

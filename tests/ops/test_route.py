@@ -347,6 +347,15 @@ def test_a_policy_settles_bad_ids_and_counts_them(policy, mode):
     assert run(case).bad_counts.tolist() == [3]
 
 
+@pytest.mark.parametrize("mode", [PARTIALS, ROWS])
+@pytest.mark.parametrize("policy", [BadIds.CLIP, BadIds.HASH, BadIds.IGNORE])
+def test_a_table_without_rows_is_sent_nothing(policy, mode):
+    case = plain_case((Split(0, mode, ((0, 0, 0),), (1,)),), [-1, 5], [2, 0], bad_ids=policy)
+    routed = run(case)
+    assert routed.message.numel() == 0
+    assert routed.entries.tolist() == ([[-1, 0]] * 2 if mode == ROWS else [])
+
+
 def test_ids_past_32_bits_travel_whole():
     split = Split(0, PARTIALS, ((2**33, 0, 0), (2**34, 1, 5)), (0, 1))
     case = plain_case((split,), [2**33 - 1, 2**34 - 1], [1, 1], is_wide=True)

@@ -6,7 +6,6 @@ block go to its slot, less the base. Each slot is a *channel* to one rank; chann
 rank after rank.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,12 +24,16 @@ class Bags(NamedTuple):
     positions: Tensor  # of each id, in the call
 
 
-class Channel(NamedTuple):
-    """What goes to one rank for one slot."""
+class Sent(NamedTuple):
+    """What a split sends, slot after slot, and what its bags are made of."""
 
     ids: Tensor
-    lengths: Tensor  # of its bags; none for rows
-    origins: Tensor  # positions of the ids in the call; none for rows
+    id_slots: Tensor
+    origins: Tensor  # positions of the ids in the call; -1 for rows
+    lengths: Tensor  # of the bags; none for rows
+    bag_slots: Tensor
+    entries: Tensor
+    entries_per_bag: Tensor
 
 
 def bags_of(offsets: Tensor, bags: Tensor, key: int) -> Bags:
@@ -52,9 +55,9 @@ def settle(
 ) -> tuple[Tensor, Tensor]:
     """Apply the policy for bad ids: rows of the table, and which ids count."""
     is_good = (rows >= 0) & (rows < num_rows)
-    if bad_ids == HASH:
+    if bad_ids == HASH and num_rows:
         return rows.remainder(num_rows), torch.ones_like(is_good)
-    if bad_ids == CLIP:
+    if bad_ids == CLIP and num_rows:
         return rows.clamp(0, num_rows - 1), torch.ones_like(is_good)
     if bad_ids == RAISE and not bool(is_good.all()):
         place = int((~is_good).nonzero()[0])
@@ -81,8 +84,10 @@ def route(  # noqa: PLR0913  # the operator's arguments, in its order
 ) -> tuple[Tensor, ...]:
     """Give (message, sizes, counts, entries, entry offsets, origins, bad counts)."""
     device = ids.device
-    filled: dict[int, Channel] = {}
-    entries, entry_counts, bad_counts = [], [], []
+    places = channels.to(device)
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    every = [Sent(none, none, none, none, none, none.view(0, 2), none)]
+    bad_counts = []
     for number, (key, mode, first, count, first_slot, num_slots) in enumerate(splits.tolist()):
         own = bags_of(offsets, bags, key)
         ends, slots, bases = blocks[first : first + count].to(device).t().contiguous()
@@ -90,37 +95,34 @@ def route(  # noqa: PLR0913  # the operator's arguments, in its order
         num_rows = int(ends[-1])
         rows, is_good = settle(raw, own, num_rows, number, bad_ids)
         bad_counts.append(((raw < 0) | (raw >= num_rows)).sum())
-        block = torch.searchsorted(ends, rows.clamp(0, num_rows - 1), right=True)
-        slot, relative = slots[block], rows - bases[block]
+        block = torch.searchsorted(ends, rows.clamp(0, max(num_rows - 1, 0)), right=True)
+        block = block.clamp(max=count - 1)
         send = _send_partials if mode == PARTIALS else _send_rows
-        sent, pairs, pairs_per_bag = send(own, slot, relative, is_good, num_slots)
-        entries.append(pairs)
-        entry_counts.append(pairs_per_bag)
-        numbers = channels[first_slot : first_slot + num_slots].tolist()
-        filled |= zip(numbers, sent, strict=True)
-    none = torch.empty(0, dtype=torch.int64, device=device)
-    every = [filled.get(c, Channel(none, none, none)) for c in range(int(first_channel[-1]))]
-    counts = [(c.lengths.numel(), c.ids.numel()) for c in every]
-    limits = first_channel.tolist()
+        sent = send(own, slots[block], rows - bases[block], is_good, num_slots)
+        every.append(
+            sent._replace(
+                id_slots=places[first_slot + sent.id_slots],
+                bag_slots=places[first_slot + sent.bag_slots],
+            )
+        )
+    sent = Sent(*(torch.cat(parts) for parts in zip(*every, strict=True)))
+    sent = _by_channel(sent)
     own_weights = weights if is_weighted else None
-    messages = [
-        _pack(every[low:high], own_weights, is_wide, device) for low, high in pairwise(limits)
-    ]
-    origins = torch.cat([none, *(c.origins for c in every)]) if is_weighted else none
+    message, sizes, counts = _pack(sent, own_weights, is_wide, first_channel.to(device))
     return (
-        torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *messages]),
-        torch.tensor([m.numel() for m in messages], dtype=torch.int64),
-        torch.tensor(counts, dtype=torch.int64).view(-1, 2),
-        torch.cat([none.view(0, 2), *entries]).int(),
-        torch.cat([none.new_zeros(1), *entry_counts]).cumsum(0),
-        origins,
-        torch.stack(bad_counts).cpu() if bad_counts else torch.empty(0, dtype=torch.int64),
+        message,
+        sizes.cpu(),
+        counts.cpu(),
+        sent.entries.int(),
+        torch.cat([none.new_zeros(1), sent.entries_per_bag]).cumsum(0),
+        sent.origins[sent.origins >= 0] if is_weighted else none,
+        torch.stack(bad_counts).cpu() if bad_counts else none.cpu(),
     )
 
 
 def _send_partials(
     own: Bags, slot: Tensor, relative: Tensor, is_good: Tensor, num_slots: int
-) -> tuple[list[Channel], Tensor, Tensor]:
+) -> Sent:
     num_bags = own.lengths.numel()
     bag = torch.repeat_interleave(torch.arange(num_bags, device=slot.device), own.lengths)
     key = slot * num_bags + bag
@@ -128,60 +130,82 @@ def _send_partials(
     order = order[: int(is_good.sum())]
     groups, lengths = torch.unique_consecutive(key[order], return_counts=True)
     group_slot, group_bag = groups // max(num_bags, 1), groups % max(num_bags, 1)
-    per_slot = torch.bincount(group_slot, minlength=num_slots)
-    firsts = per_slot.cumsum(0) - per_slot
-    position = torch.arange(groups.numel(), device=slot.device) - firsts[group_slot]
+    pairs = torch.stack([group_slot, _number_within(group_slot, num_slots)], 1)
     by_bag = torch.argsort(group_bag * num_slots + group_slot)
-    pairs = torch.stack([group_slot, position], 1)[by_bag]
-    ids_per_slot = torch.bincount(slot[order], minlength=num_slots).tolist()
-    sent = [
-        Channel(*parts)
-        for parts in zip(
-            relative[order].split(ids_per_slot),
-            lengths.split(per_slot.tolist()),
-            own.positions[order].split(ids_per_slot),
-            strict=True,
-        )
-    ]
-    return sent, pairs, torch.bincount(group_bag, minlength=num_bags)
+    return Sent(
+        relative[order],
+        slot[order],
+        own.positions[order],
+        lengths,
+        group_slot,
+        pairs[by_bag],
+        torch.bincount(group_bag, minlength=num_bags),
+    )
 
 
-def _send_rows(
-    own: Bags, slot: Tensor, relative: Tensor, is_good: Tensor, num_slots: int
-) -> tuple[list[Channel], Tensor, Tensor]:
-    device = slot.device
+def _send_rows(own: Bags, slot: Tensor, relative: Tensor, is_good: Tensor, num_slots: int) -> Sent:
+    relative = relative.where(is_good, 0)
     stride = int(relative.max()) + 1 if relative.numel() else 1
     key = torch.where(is_good, slot * stride + relative, num_slots * stride)
     distinct, group = key.unique(return_inverse=True)
-    place = torch.arange(key.numel(), device=device)
+    place = torch.arange(key.numel(), device=slot.device)
     first = torch.full_like(distinct, key.numel()).scatter_reduce_(0, group, place, "amin")
     group_slot = distinct // stride  # num_slots for bad ids
     order = torch.argsort(group_slot * (key.numel() + 1) + first)
-    per_slot = torch.bincount(group_slot, minlength=num_slots + 1)
-    firsts = per_slot.cumsum(0) - per_slot
     position = torch.empty_like(order)
-    position[order] = torch.arange(order.numel(), device=device) - firsts[group_slot[order]]
+    position[order] = _number_within(group_slot[order], num_slots + 1)
     pairs = torch.stack([slot, position[group]], 1)
-    pairs[~is_good] = torch.tensor([-1, 0], device=device)
-    ids = (distinct % stride)[order].split(per_slot.tolist())[:num_slots]
-    none = torch.empty(0, dtype=torch.int64, device=device)
-    return [Channel(each, none, none) for each in ids], pairs, own.lengths
+    pairs[~is_good] = torch.tensor([-1, 0], device=slot.device)
+    order = order[group_slot[order] < num_slots]
+    none = slot[:0]
+    ids, origins = (distinct % stride)[order], torch.full_like(order, -1)
+    return Sent(ids, group_slot[order], origins, none, none, pairs, own.lengths)
+
+
+def _number_within(group: Tensor, count: int) -> Tensor:
+    """Number the members of each group, which lie one group after another, from 0."""
+    sizes = torch.bincount(group, minlength=count)
+    return torch.arange(group.numel(), device=group.device) - (sizes.cumsum(0) - sizes)[group]
+
+
+def _by_channel(sent: Sent) -> Sent:
+    """Order ids and bags by channel; those of one channel stay in order."""
+    ids, bags = sent.id_slots.argsort(stable=True), sent.bag_slots.argsort(stable=True)
+    return sent._replace(
+        ids=sent.ids[ids],
+        id_slots=sent.id_slots[ids],
+        origins=sent.origins[ids],
+        lengths=sent.lengths[bags],
+        bag_slots=sent.bag_slots[bags],
+    )
 
 
 def _pack(
-    sent: list[Channel], weights: Tensor | None, is_wide: bool, device: torch.device
-) -> Tensor:
-    """Lay out the message to one rank: ids, lengths, weights; padded to 8 bytes."""
+    sent: Sent, weights: Tensor | None, is_wide: bool, first_channel: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give (message, sizes, counts) of what is sent, whose slots are channels."""
+    num_channels, num_ranks = int(first_channel[-1]), first_channel.numel() - 1
+    ranks = torch.arange(num_ranks, device=first_channel.device)
+    rank_of = torch.repeat_interleave(ranks, first_channel.diff())
+    num_bags = torch.bincount(sent.bag_slots, minlength=num_channels)
+    counts = torch.stack([num_bags, torch.bincount(sent.id_slots, minlength=num_channels)], 1)
+    is_sent = (counts[:, 0] != counts[:, 1])[sent.bag_slots]
     dtype = torch.int64 if is_wide else torch.int32
-    parts = [channel.ids.to(dtype) for channel in sent]
-    parts += [
-        c.lengths.int() for c in sent if c.lengths.numel() != c.ids.numel() and c.lengths.numel()
+    words = [sent.ids.to(dtype).view(torch.int32), sent.lengths[is_sent].int()]
+    owners = [
+        rank_of[sent.id_slots].repeat_interleave(dtype.itemsize // 4),
+        rank_of[sent.bag_slots[is_sent]],
     ]
     if weights is not None:
-        parts += [weights[c.origins].float() for c in sent if c.lengths.numel()]
-    pieces = [part.contiguous().view(torch.uint8) for part in parts]
-    message = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *pieces])
-    return torch.nn.functional.pad(message, (0, -message.numel() % 8))
+        is_partial = sent.origins >= 0
+        words.append(weights[sent.origins[is_partial]].float().view(torch.int32))
+        owners.append(rank_of[sent.id_slots[is_partial]])
+    owner, order = torch.cat(owners).sort(stable=True)
+    sizes = (torch.bincount(owner, minlength=num_ranks) + 1) // 2 * 2
+    starts = sizes.cumsum(0) - sizes
+    message = torch.zeros(int(sizes.sum()), dtype=torch.int32, device=owner.device)
+    message[starts[owner] + _number_within(owner, num_ranks)] = torch.cat(words)[order]
+    return message.view(torch.uint8), sizes * 4, counts
 
 
 def unpack(

@@ -36,6 +36,7 @@ from shardwise.optim import (
     KeyedOptimizer,
     KeyedOptimizerWrapper,
     RowWiseAdagrad,
+    TableOptimizer,
     WarmupOptimizer,
     WarmupPolicy,
     WarmupStage,
@@ -121,16 +122,23 @@ def build_loss(config: ModelConfig, with_loss: nn.Module) -> Loss:
     return of_items if isinstance(config, SASRecConfig) else of_clicks
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, num_steps: int) -> CombinedOptimizer:
-    """Give the tables their rule inside backward and all else Adam, keyed by parameter.
+def bind_tables(config: TrainConfig, model: nn.Module) -> TableOptimizer:
+    """Give the tables their rule inside backward."""
+    rule = {"rowwise_adagrad": RowWiseAdagrad, "adam": Adam}[config.table_rule]
+    return in_backward(model, rule, lr=config.table_lr, eps=config.table_eps)
+
+
+def build_optimizer(
+    config: TrainConfig, model: nn.Module, tables: TableOptimizer, num_steps: int
+) -> CombinedOptimizer:
+    """Give all that is no table Adam, and join it with the rule of the tables.
 
     Args:
-        config: Rule and rates.
+        config: Rates.
         model: What to train.
+        tables: What `bind_tables` gave.
         num_steps: How many there will be, for rates that fall.
     """
-    rule = {"rowwise_adagrad": RowWiseAdagrad, "adam": Adam}[config.table_rule]
-    tables = in_backward(model, rule, lr=config.table_lr, eps=config.table_eps)
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(model.named_parameters())),
         lambda parameters: torch.optim.Adam(parameters, lr=config.dense_lr),

@@ -22,6 +22,7 @@ from shardwise.cli.problem import Figures, Problem
 from shardwise.cli.ranks import Ranks
 from shardwise.cli.recipe import (
     add_loss,
+    bind_tables,
     build_loss,
     build_model,
     build_optimizer,
@@ -69,6 +70,7 @@ class Trainer:
         self.problem = problem
         self.ranks = ranks or Ranks()
         self.model = build_model(config.model, problem)
+        tables = bind_tables(config.train, self.model)
         self.plan: ShardingPlan | None = None
         if self.ranks.count > 1:
             self.plan = self._shard()
@@ -85,7 +87,7 @@ class Trainer:
             self._with_loss = dense_parallel(self._with_loss, config.train.dense)
         self._loss_of = build_loss(config.model, self._with_loss)
         num_steps = config.train.epochs * len(self.loader)
-        self.optimizer = build_optimizer(config.train, self.model, num_steps)
+        self.optimizer = build_optimizer(config.train, self.model, tables, num_steps)
         metrics = list(problem.metrics.values())
         self.metrics = RecMetricModule(metrics, window_size=config.log.window)
         self.num_steps = 0

@@ -188,7 +188,7 @@ class Exchange:
                 passage.trip = self._hop.start(far, bags)
             self._look_up_here(passage, bags, tables, way)
         except RuntimeError as error:
-            self.refuse(explain(self._translate(error)))
+            self.refuse(_explained(explain, self._translate(error)))
         wants = call.is_weighted and call.weights.requires_grad
         passage.meeting = self._wire.meet(f"ids of {self._name}", _WANTS_WEIGHTS * wants)
         return passage
@@ -358,6 +358,14 @@ class Exchange:
             weights = own if weights is None else weights + own if own is not None else weights
         found.grads |= self._owners.finish(found.touched, tables, way)
         return weights, found.grads
+
+
+def _explained(explain: Explain, error: RuntimeError) -> Exception:
+    """Give what `explain` gives or, on finding another fault, raises."""
+    try:
+        return explain(error)
+    except Exception as found:
+        return found
 
 
 class _Exchange(torch.autograd.Function):

@@ -48,6 +48,7 @@ class Case:
     is_weighted: bool = False
     is_variable: bool = False
     num_hosts: int = 1
+    bad_ids: BadIds = BadIds.RAISE
     codecs: Codecs = Codecs()  # noqa: RUF009  # frozen
     steps: int = 3
     bag_length: int = 4
@@ -75,7 +76,8 @@ def draw(case: Case, rank: int, step: int) -> list[tuple[Tensor, Tensor, Tensor]
         size = 0 if (rank, step) == (1, 1) else 3 + rank + key * case.is_variable
         lengths = torch.randint(0, case.bag_length, (size,), generator=generator)
         count = int(lengths.sum())
-        ids = torch.randint(0, rows, (count,), generator=generator)
+        beyond = 0 if case.bad_ids == BadIds.RAISE else 5
+        ids = torch.randint(-beyond, rows + beyond, (count,), generator=generator)
         batch.append((lengths, ids, torch.rand(count, generator=generator) + 0.5))
     return batch
 
@@ -90,7 +92,7 @@ def as_call(case: Case, batch: list[tuple[Tensor, Tensor, Tensor]]) -> Ids:
         features=case.numbers,
         bags=torch.tensor([[len(own)] for own, _, _ in batch]),
         columns=case.columns,
-        bad_ids=int(BadIds.RAISE),
+        bad_ids=int(case.bad_ids),
     )
 
 
@@ -186,11 +188,16 @@ def cut(value: Tensor, cell: Cell) -> Tensor:
     return rows if value.dim() == 1 else rows[:, part.first_column : right]
 
 
-def shard(case: Case, ranks: int, tables: list[Tensor]) -> tuple[Exchange, list[Tensor], Update]:
-    """The exchange of a case with this rank's slices and the rule for them."""
+def connect(case: Case, ranks: int) -> Wire:
     hosts = equal_hosts(ranks, ranks // case.num_hosts)
-    wire = Wire(torch.distributed.group.WORLD, name="test", hosts=hosts)
-    exchange = Exchange(case.numbers, case.placements, wire, codecs=case.codecs)
+    return Wire(torch.distributed.group.WORLD, name="test", hosts=hosts)
+
+
+def shard(
+    case: Case, wire: Wire, tables: list[Tensor], path: str = ""
+) -> tuple[Exchange, list[Tensor], Update]:
+    """The exchange of a case with this rank's slices and the rule for them."""
+    exchange = Exchange(case.numbers, case.placements, wire, path=path, codecs=case.codecs)
     slices = [
         cut(tables[cell.table].detach(), cell).clone().requires_grad_() for cell in exchange.cells
     ]
@@ -211,7 +218,7 @@ def compare(rank: int, ranks: int, case: Case) -> Difference:
     own_rule = case.when in ("backward", "step")
     way = plan_backward(features, len(whole), [update] if own_rule else [], is_sparse=is_sparse)
 
-    exchange, slices, own_update = shard(case, ranks, whole)
+    exchange, slices, own_update = shard(case, connect(case, ranks), whole)
     own_way = exchange.plan_backward([own_update] if own_rule else [], is_sparse=is_sparse)
 
     result = Difference()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shardwise.ops.lookup import BadIds
 from shardwise.sharding.codecs import BF16, FP8, FP16, INT8, Codecs
 from tests.sharding.plain import (
     MEAN,
@@ -12,6 +13,7 @@ from tests.sharding.plain import (
     as_call,
     by_columns,
     by_rows,
+    connect,
     differences,
     draw,
     everywhere,
@@ -78,6 +80,62 @@ def test_rank_without_a_slice_takes_part(ranks):
     assert found.weights < 1e-6
 
 
+@pytest.mark.parametrize("policy", [BadIds.CLIP, BadIds.HASH, BadIds.IGNORE])
+@pytest.mark.parametrize("answer", ["partials", "rows"])
+def test_bad_ids_are_treated_as_in_the_plain_lookup(ranks, policy, answer):
+    features = ((0, 0, SUM), (1, 1, MEAN), (0, 2, MEAN), (1, 3, SUM))
+    case = Case(mixed(2, answer=answer), features, is_weighted=True, bad_ids=policy)
+    found = differences(ranks, 2, case)
+    assert max(found.outputs, found.rows, found.weights) < 1e-6
+
+
+@pytest.mark.parametrize("policy", [BadIds.CLIP, BadIds.IGNORE])
+def test_bad_ids_of_sequences_are_treated_as_in_the_plain_lookup(ranks, policy):
+    features = ((0, 0, NONE), (1, 1, NONE), (0, 3, NONE))
+    found = differences(ranks, 2, Case(mixed(2), features, bad_ids=policy))
+    assert max(found.outputs, found.rows) < 1e-6
+
+
+# ---- several collections
+
+
+def train_some(rank: int, ranks: int, used: tuple[str, ...]) -> tuple[bool, bool]:
+    """Look two collections up, and go back through one that is named for each rank."""
+    case = Case((whole("a", 0), by_rows("b", ranks)), ((0, 0, SUM), (0, 1, SUM)), when="sparse")
+    outputs, slices, wire = {}, {}, connect(case, ranks)
+    for name in "xy":
+        exchange, slices[name], _ = shard(case, wire, [torch.ones(13, 8)] * 2, name)
+        batch = draw(case, rank, 0)
+        way = exchange.plan_backward([], is_sparse=True)
+        arguments = (as_call(case, batch), shape_of(case, batch), slices[name], way)
+        outputs[name] = exchange(*arguments, lambda error: error)
+    outputs[used[rank]].sum().backward()
+    return tuple(all(table.grad is not None for table in slices[name]) for name in "xy")
+
+
+@pytest.mark.parametrize(("used", "have"), [("x", (True, False)), ("y", (False, True))])
+def test_collection_without_gradient_sends_nothing_back(ranks, used, have):
+    assert ranks(2, train_some, (used, used)) == [have, have]
+
+
+def test_ranks_that_go_back_through_different_collections_are_named(ranks):
+    with pytest.raises(RuntimeError, match=r"gradients of x.*rank 1 is at 'gradients of y"):
+        ranks(2, train_some, ("x", "y"))
+
+
+def look_up_without_grad(rank: int, ranks: int) -> bool:
+    case = Case(mixed(ranks), ((0, 0, SUM), (0, 1, SUM), (0, 3, SUM)))
+    exchange, slices, _ = shard(case, connect(case, ranks), [torch.ones(13, 8)] * 4)
+    batch = draw(case, rank, 0)
+    arguments = (as_call(case, batch), shape_of(case, batch), slices, exchange.plan_backward([]))
+    with torch.no_grad():
+        return exchange(*arguments, lambda error: error).requires_grad
+
+
+def test_result_without_grad_mode_has_no_graph(ranks):
+    assert ranks(2, look_up_without_grad) == [False, False]
+
+
 # ---- weights of one rank, faults, codecs
 
 
@@ -86,7 +144,7 @@ def ask_on_one_rank(rank: int, ranks: int):
         (whole("a", 0), everywhere("b", ranks)), ((0, 0, SUM), (0, 1, SUM)), is_weighted=True
     )
     tables = [torch.ones(13, 8), torch.ones(13, 8)]
-    exchange, slices, _ = shard(case, ranks, tables)
+    exchange, slices, _ = shard(case, connect(case, ranks), tables)
     call = as_call(case, draw(case, rank, 0))
     call.weights.requires_grad_(rank == 1)
     for table in slices:  # only the weights of rank 1 want gradients
@@ -105,7 +163,7 @@ def test_gradients_of_weights_may_be_asked_for_by_one_rank(ranks):
 
 def look_up_bad_id(rank: int, ranks: int, table: str):
     case = Case((whole("a", 0), everywhere("b", ranks)), ((0, 0, SUM), (1, 1, SUM)))
-    exchange, slices, _ = shard(case, ranks, [torch.ones(13, 8)] * 2)
+    exchange, slices, _ = shard(case, connect(case, ranks), [torch.ones(13, 8)] * 2)
     call = as_call(case, draw(case, rank, 0))
     if rank == 1:
         call.ids[0 if table == "a" else -1] = 13
@@ -121,9 +179,28 @@ def test_bad_id_of_one_rank_is_an_error_on_all(ranks, table, number):
         assert text.endswith(f"id 13 is outside table {number} of 13 rows")
 
 
+def explain_by_raising(rank: int, ranks: int) -> str:
+    case = Case((whole("a", 0),), ((0, 0, SUM),))
+    exchange, slices, _ = shard(case, connect(case, ranks), [torch.ones(13, 8)])
+    call = as_call(case, draw(case, rank, 0))
+    call.ids[0] += 20 * rank
+
+    def explain(error: RuntimeError) -> Exception:
+        raise ValueError("key 'x' has a negative length")
+
+    with pytest.raises(ValueError, match="rank 1") as found:
+        exchange(call, (3 + rank, 8), slices, exchange.plan_backward([]), explain)
+    return str(found.value)
+
+
+def test_fault_found_while_explaining_another_is_raised_on_all(ranks):
+    text = "rank 1: key 'x' has a negative length"
+    assert ranks(2, explain_by_raising) == [text] * 2
+
+
 def refuse(rank: int, ranks: int):
     case = Case((whole("a", 0),), ((0, 0, SUM),))
-    exchange, slices, _ = shard(case, ranks, [torch.ones(13, 8)])
+    exchange, slices, _ = shard(case, connect(case, ranks), [torch.ones(13, 8)])
     call = as_call(case, draw(case, rank, 0))
     way = exchange.plan_backward([])
     arguments = (call, (3 + rank, 8), slices, way, lambda error: error)

@@ -53,10 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         # What the user gave is wrong; anything else is a fault of ours and shows its traceback. An
         # error that all ranks raise is shown by the first, its traceback where it comes from.
-        is_fault = not isinstance(error, OSError | ValueError)
-        if is_fault and (error.__cause__ is not None or not _is_shared(error)):
+        is_known = _is_shared(error)
+        is_ours = not is_known or str(error).startswith(f"rank {_rank()}: ")
+        if is_ours and not isinstance(error, OSError | ValueError):
             raise
-        return _fail(str(error), 2 if isinstance(error, ConfigError) else 1, _is_shared(error))
+        return _fail(str(error), 2 if isinstance(error, ConfigError) else 1, is_known)
     except KeyboardInterrupt:
         return _fail("interrupted", is_known=True)
 
@@ -69,6 +70,10 @@ def _run(command: str, options: Sequence[str]) -> int:
     return run(options)
 
 
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
 def _is_shared(error: Exception) -> bool:
     from shardwise.sharding.faults import is_shared
 
@@ -77,6 +82,6 @@ def _is_shared(error: Exception) -> bool:
 
 def _fail(message: str, status: int = 1, is_known: bool = False) -> int:
     """Show an error, but not by all ranks if they all know it; give the exit status."""
-    if not is_known or os.environ.get("RANK", "0") == "0":
+    if not is_known or _rank() == "0":
         print(f"shardwise: error: {message}", file=sys.stderr)
     return status

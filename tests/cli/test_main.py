@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from shardwise.cli import main
+from shardwise.sharding.faults import share
 
 
 @pytest.mark.parametrize("package", ["cattrs", "tqdm", "tyro"])
@@ -37,6 +38,22 @@ def test_module_is_the_command():
     command = [sys.executable, "-m", "shardwise", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("shardwise 0.")
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "2"])
+def test_fault_of_one_rank_is_shown_by_the_first_and_its_traceback_there(monkeypatch, capsys, rank):
+    def fail(command, options):
+        raise share(RuntimeError("rank 2: something broke"))
+
+    monkeypatch.setattr("shardwise.cli._run", fail)
+    monkeypatch.setenv("RANK", rank)
+    if rank == "2":
+        with pytest.raises(RuntimeError, match="something broke"):
+            main(["train", "run.toml"])
+    else:
+        assert main(["train", "run.toml"]) == 1
+    shown = {"0": "shardwise: error: rank 2: something broke\n"}
+    assert capsys.readouterr().err == shown.get(rank, "")
 
 
 def test_ctrl_c_before_the_first_step_ends_without_a_traceback(monkeypatch, capsys):

@@ -55,6 +55,27 @@ def test_unshuffled_samples_come_in_order():
     assert order(SampleLoader(samples(), 3, is_shuffled=False)) == list(range(10))
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_shares_of_all_ranks_are_the_batches_of_one(num_ranks):
+    shares = [SampleLoader(samples(), 4, rank=r, num_ranks=num_ranks) for r in range(num_ranks)]
+    for whole, *parts in zip(SampleLoader(samples(), 4), *shares, strict=True):
+        assert [sample for part in parts for sample in order([part])] == order([whole])
+        assert [len(part.labels) for part in parts] == shares[0].shares
+        assert max(shares[0].shares) - min(shares[0].shares) <= 1
+
+
+def test_position_is_the_same_on_any_number_of_ranks():
+    one, many = SampleLoader(samples(), 4), SampleLoader(samples(), 4, rank=1, num_ranks=2)
+    for loader in (one, many):
+        next(iter(loader))
+    assert one.state_dict() == many.state_dict()
+
+
+def test_rank_that_is_none_is_named():
+    with pytest.raises(ValueError, match="rank 2 is not one of 2 ranks"):
+        SampleLoader(samples(), 4, rank=2, num_ranks=2)
+
+
 @pytest.mark.parametrize("num_taken", [0, 1, 3, 4, 5])
 def test_saved_position_goes_on_exactly(num_taken):
     unbroken, saved, resumed = (SampleLoader(samples(), 3, seed=2) for _ in range(3))

@@ -107,10 +107,9 @@ class Exchange:
         self._layout = layout = lay_out(features, placements, Ranks(wire.rank, wire.hosts))
         self.cells: list[Cell] = layout.cells
         self._tables = [placement.table for placement in placements]
-        name = path or "the collection"
         more = f" and {len(self._tables) - _NAMED} more" if len(self._tables) > _NAMED else ""
-        name += f" (tables {', '.join(self._tables[:_NAMED])}{more})"
-        self._name = name
+        named = f"{', '.join(self._tables[:_NAMED])}{more}"
+        self._name = name = f"{path or 'the collection'} (tables {named})"
         self._hop: Hop | None = None
         self._hops: list[Hop] = []
         host = wire.within_host() if layout.has_relay else wire
@@ -180,15 +179,17 @@ class Exchange:
         explain: Explain,
     ) -> Passage:
         """Route the ids, look up what is everywhere, and tell the others what will come."""
-        bags = bag_counts(self._features, call.bags, call.offsets)
-        passage = Passage(call, shape, self._splits(call, bags))
         try:
+            bags = bag_counts(self._features, call.bags, call.offsets)
+            passage = Passage(call, shape, self._splits(call, bags))
             if self._hop is not None:
                 far = call._replace(weights=call.weights.detach())
                 passage.trip = self._hop.start(far, bags)
             self._look_up_here(passage, bags, tables, way)
         except RuntimeError as error:
             self.refuse(_explained(explain, self._translate(error)))
+        except (ValueError, IndexError) as error:  # offsets that do not fit the inputs
+            self.refuse(_explained(explain, RuntimeError(str(error))))
         wants = call.is_weighted and call.weights.requires_grad
         passage.meeting = self._wire.meet(f"ids of {self._name}", _WANTS_WEIGHTS * wants)
         return passage

@@ -179,6 +179,22 @@ def test_bad_id_of_one_rank_is_an_error_on_all(ranks, table, number):
         assert text.endswith(f"id 13 is outside table {number} of 13 rows")
 
 
+def give_bad_offsets(rank: int, ranks: int) -> str:
+    case = Case((whole("a", 0), everywhere("b", ranks)), ((0, 0, SUM), (1, 1, SUM)))
+    exchange, slices, _ = shard(case, connect(case, ranks), [torch.ones(13, 8)] * 2)
+    call = as_call(case, draw(case, rank, 0))._replace(bags=torch.empty(0, dtype=torch.int64))
+    if rank == 1:
+        call = call._replace(offsets=call.offsets[:-1])
+    with pytest.raises(RuntimeError, match="rank 1") as found:
+        exchange(call, (3 + rank, 16), slices, exchange.plan_backward([]), lambda error: error)
+    return str(found.value)
+
+
+def test_bad_offsets_of_one_rank_are_an_error_on_all(ranks):
+    text = "rank 1: 7 bags cannot be shared by 2 inputs equally"
+    assert ranks(2, give_bad_offsets) == [text] * 2
+
+
 def explain_by_raising(rank: int, ranks: int) -> str:
     case = Case((whole("a", 0),), ((0, 0, SUM),))
     exchange, slices, _ = shard(case, connect(case, ranks), [torch.ones(13, 8)])

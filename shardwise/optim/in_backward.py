@@ -161,13 +161,13 @@ def _run(binding: Binding) -> None:
     tables = list(binding.parameters.values())
     for table in tables:
         if table.grad is None:
-            rows.append(torch.empty(0, dtype=torch.int64))
+            rows.append(torch.empty(0, dtype=torch.int64, device=table.device))
             grads.append(table.new_empty(0, table.shape[1]))
         elif table.grad.is_sparse:  # uncoalesced is fine: the rule adds the rows up
             rows.append(table.grad._indices()[0])
             grads.append(table.grad._values())
         else:
-            rows.append(torch.arange(table.shape[0]))
+            rows.append(torch.arange(table.shape[0], device=table.device))
             grads.append(table.grad)
     apply_update(binding.update, tables, rows, grads)
 

@@ -112,7 +112,8 @@ class TableCollection(nn.Module, abc.ABC):
             ],
             dtype=torch.int64,
         ).view(-1, 4)
-        ignored = torch.zeros(len(outputs), dtype=torch.int64, device="cpu")
+        counted_on = "cpu" if self._device.type == "meta" else self._device
+        ignored = torch.zeros(len(outputs), dtype=torch.int64, device=counted_on)
         self.register_buffer("_ignored", ignored, persistent=False)
         # What bad ids are counted against, wherever the rows lie: whole tables without columns.
         self._row_ranges = [torch.empty(config.num_embeddings, 0) for config in configs]

@@ -128,7 +128,9 @@ class FeatureProcessorsCollection(nn.Module):
             if key in self.processors:
                 feature = self.processors[key](feature)
             own = feature.weights_or_none()
-            weights.append(torch.ones(feature.values().shape[0]) if own is None else own)
+            values = feature.values()
+            ones = torch.ones(values.shape[0], device=values.device)
+            weights.append(ones if own is None else own)
         return _with_weights(features, torch.cat(weights))
 
 

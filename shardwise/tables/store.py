@@ -1,6 +1,6 @@
 """The rows of a table and what an optimizer keeps for them: the unit that is placed and saved."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,15 @@ class Store(nn.Module):
         if value.dim() == 1:
             return rows
         return rows[:, part.first_column : part.first_column + part.num_columns]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Store":
+        """Move the states along with the rows; they stay float32, and the same objects."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
+        device = self.weight.device
+        for state in self.states.values():
+            if state.device != device and not (state.is_meta or self.weight.is_meta):
+                state.data = state.data.to(device)
+        return self
 
     def extra_repr(self) -> str:
         """Show the size in `print(module)`."""

@@ -205,7 +205,8 @@ def _check_tensors(call: Ids, tables: list[Tensor]) -> None:
             f"shardwise: {call.weights.numel()} weights for {num_ids} ids, {call.weights.dtype}; "
             f"there must be one float32 each"
         )
-    for tensor in (call.ids, call.offsets, call.weights, *tables):
+    rows = [table for table in tables if table.numel()]  # to count rows, any device will do
+    for tensor in (call.ids, call.offsets, call.weights, *rows):
         if tensor.device != device or not tensor.is_contiguous():
             raise RuntimeError(f"shardwise: all tensors must be contiguous and on {device}")
     for index, table in enumerate(tables):

@@ -15,8 +15,8 @@ template <typename Out>
 struct Cursor {
   Out* ids;
   int32_t* lengths;  // null: not sent
-  float* weights;
-  int64_t* origins;
+  float* weights;    // of weighted partials
+  int64_t* origins;  // of weighted partials
   int32_t position;
   int32_t pending;  // ids of the present bag
 };
@@ -28,13 +28,16 @@ Cursor<Out>* set_cursors(const Job& job, const Task& task, Scratch& scratch) {
   for (int64_t s = 0; s < split.num_slots; ++s) {
     const Channel& channel = job.channel(split, s);
     const Counts& before = job.counts[task.first_count + s];
-    auto* lengths = reinterpret_cast<int32_t*>(job.message + channel.lengths);
-    cursors[s] = {reinterpret_cast<Out*>(job.message + channel.ids) + before.ids,
-                  channel.lengths < 0 ? nullptr : lengths,
-                  reinterpret_cast<float*>(job.message + channel.weights) + before.ids,
-                  job.origins + channel.origins + before.ids,
-                  split.is_rows ? before.ids : before.bags,
-                  0};
+    Cursor<Out>& cursor = cursors[s];
+    cursor = {reinterpret_cast<Out*>(job.message + channel.ids) + before.ids, nullptr, nullptr,
+              nullptr, split.is_rows ? before.ids : before.bags, 0};
+    if (channel.lengths >= 0) {
+      cursor.lengths = reinterpret_cast<int32_t*>(job.message + channel.lengths);
+    }
+    if (job.request.is_weighted && !split.is_rows) {
+      cursor.weights = reinterpret_cast<float*>(job.message + channel.weights) + before.ids;
+      cursor.origins = job.origins + channel.origins + before.ids;
+    }
   }
   return cursors;
 }

@@ -9,6 +9,9 @@ a collective costs two assignments. Only that thread uses the store, which may i
 
 import contextlib
 import json
+import os
+import socket
+import stat
 import sys
 import threading
 import time
@@ -61,6 +64,7 @@ class Watch:
         fault: What this rank has raised and the others have not yet heard of.
         meetings: How many meetings this rank has gone to.
         given_up: Why this rank can go on no more; nothing while it can.
+        sockets: Those of the process groups, as `open_sockets` gives them.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Watch:
         self._hosts, self._since = hosts, time.monotonic()
         self.given_up = ""
         self._ended = ""
+        self.sockets: set[tuple[int, int]] = set()
         self._heard: dict[int, State] = {}
         self._is_alarmed = False
         self._wants_answers = False
@@ -124,7 +129,9 @@ class Watch:
             else:
                 work.wait()
         except (RuntimeError, TimeoutError) as error:
-            raise self._explain(step, time.monotonic() - started, str(error)) from error
+            explained = self._explain(step, time.monotonic() - started, str(error))
+            self.waits = None
+            raise explained from error
         self.waits, self._since = None, time.monotonic()
 
     def _wait_and_look(self, work: Any) -> None:
@@ -160,7 +167,8 @@ class Watch:
     def _state(self) -> State:
         state: State = {"for_s": round(time.monotonic() - self._since, 1), "where": self._where()}
         elsewhere = (other.waits for other in list(_watches) if other.waits is not None)
-        waits = self.waits or next((Step(-1, step.tag) for step in elsewhere), None)
+        waits = self.waits or (self.last if self.given_up else None)
+        waits = waits or next((Step(-1, step.tag) for step in elsewhere), None)
         for name, step in (("waits", waits), ("last", self.last)):
             if step is not None:
                 state[name] = list(step)
@@ -221,6 +229,7 @@ class Watch:
             while len(self._heard) < len(others) and time.monotonic() < deadline:
                 self._woken.set()
                 time.sleep(0.05)
+        _hang_up(self.sockets)
         faults = self._faults()
         if faults:
             error = restore(faults)
@@ -252,3 +261,26 @@ class Watch:
             f"{who} has not come: since {state['for_s']} s it is in no collective, but at "
             f"{state['where']}{before}"
         )
+
+
+def open_sockets() -> set[tuple[int, int]]:
+    """Give (file descriptor, inode) of this process's sockets, as far as the system tells."""
+    found = set()
+    for entry in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            status = entry.stat()
+            if stat.S_ISSOCK(status.st_mode):
+                found.add((int(entry.name), status.st_ino))
+    return found
+
+
+def _hang_up(sockets: set[tuple[int, int]]) -> None:
+    """Break the connections of groups that are given up.
+
+    gloo has no way to leave a collective: the end of the process would wait for it to time out.
+    """
+    # The inode tells a descriptor that was used again from the old one.
+    for number, _ in sockets & open_sockets():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+            if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                connection.shutdown(socket.SHUT_RDWR)

@@ -26,7 +26,7 @@ from torch.distributed import distributed_c10d
 
 from shardwise.sharding.environment import Hosts
 from shardwise.sharding.faults import describe, is_shared, restore, share, some
-from shardwise.sharding.watch import Step, Watch
+from shardwise.sharding.watch import Step, Watch, open_sockets
 
 Lane = Literal["ids", "answers", "meetings"]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -115,6 +115,7 @@ class Wire:
                 hosts=self._host_of.tolist(),
                 timeout_s=self._timeout_s or 0.0,
             )
+            self.watch.sockets |= self._sockets
             weakref.finalize(self, self.watch.stop)
 
     def _join(
@@ -129,10 +130,12 @@ class Wire:
         self._is_far = self._host_of != self._host_of[self.rank]
         self._num_far = int(self._is_far.sum())
         self._groups: dict[str, Any] = {}
+        self._sockets: set[tuple[int, int]] = set()
         if group is None or self.world_size == 1:
             return
         limit = timedelta(seconds=(self._timeout_s or 0.0) + _MARGIN_S)
         backend = None if dist.get_backend(group) == "fake" else "gloo"
+        before = open_sockets()
         for lane in ("ids", "answers", "meetings"):
             self._groups[lane] = dist.new_group(
                 ranks,
@@ -140,6 +143,7 @@ class Wire:
                 backend=backend if lane == "meetings" else None,
                 use_local_synchronization=True,
             )
+        self._sockets = open_sockets() - before
 
     def within_host(self) -> "Wire":
         """Connect the ranks of each host; every rank must call this."""
@@ -151,6 +155,8 @@ class Wire:
         inner._outer = self  # which stops the watch when it goes
         ranks = [self._ranks[rank] for rank in own]
         inner._join(self._group, f"{self.name} within a host", (tuple(range(len(own))),), ranks)
+        if self.watch is not None:
+            self.watch.sockets |= inner._sockets
         return inner
 
     def host(self, rank: int) -> int:

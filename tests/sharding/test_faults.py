@@ -23,11 +23,13 @@ from shardwise.sharding.wire import Wire
 from shardwise.tables import EmbeddingBagCollection, EmbeddingBagConfig
 
 TIMEOUT_S = 2.0
+LONG_S = 20.0  # where none is waited for in vain, whatever else the machine does
 
 
 def outcome(rank, world_size, scenario, *args):
     """Run a scenario, and give its error and how long it took."""
-    wire = Wire(dist.group.WORLD, name="test", timeout_s=TIMEOUT_S)
+    waits = scenario in (load_for_too_long, wait_in_another_message)
+    wire = Wire(dist.group.WORLD, name="test", timeout_s=TIMEOUT_S if waits else LONG_S)
     started = time.monotonic()
     try:
         scenario(rank, wire, *args)
@@ -160,14 +162,14 @@ def test_the_lowest_ranks_error_comes_first_and_the_others_are_notes(ranks):
         assert text == "rank 1: OddError: 1 and 2 and rank 2: k"
 
 
-def two_collections(is_one_model):
+def two_collections(is_one_model, timeout_s):
     """Two tables that lie in slices: of one model, or each by itself."""
     bags = {
         name: EmbeddingBagCollection([EmbeddingBagConfig(50, 4, name, feature_names=["f"])])
         for name in ("first", "second")
     }
     model = torch.nn.ModuleDict(bags)
-    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
+    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
     env = ShardingEnv.from_process_group(group)
     plans = {
         name: construct_module_sharding_plan(one, {name: row_wise()}) for name, one in bags.items()
@@ -186,7 +188,8 @@ def look_up(collection, bad_id=0):
 
 
 def use_tables(rank, wire, what, is_one_model=True):
-    first, second = two_collections(is_one_model)
+    waits = what == "absence" or not is_one_model
+    first, second = two_collections(is_one_model, TIMEOUT_S if waits else LONG_S)
     for step in range(3):
         is_odd = rank == 1 and step == 1
         if what == "order" and is_odd:
@@ -225,11 +228,14 @@ def test_sharded_tables_name_a_rank_that_does_not_come(ranks):
 
 
 def test_models_in_another_order_name_each_other(ranks):
-    for rank, (kind, text, _) in enumerate(ranks(2, outcome, use_tables, "order", False)):
-        names = ["ids of the collection (tables first)", "ids of the collection (tables second)"]
+    outcomes = ranks(2, outcome, use_tables, "order", False)
+    names = ["ids of the collection (tables first)", "ids of the collection (tables second)"]
+    for name, (kind, text, _) in zip(names, outcomes, strict=True):
         assert kind is RuntimeError
-        assert f"{names[rank]} failed" in text
-        assert f"rank {1 - rank} waits for {names[1 - rank]} instead" in text
+        assert f"{name} failed" in text
+    instead = [f"rank {1 - rank} waits for {names[1 - rank]} instead" for rank in range(2)]
+    # The one that comes to it a little later may find the other gone.
+    assert any(part in text for part, (_, text, _) in zip(instead, outcomes, strict=True))
 
 
 def lose_a_peer(rank, folder, results):

@@ -24,7 +24,7 @@ from shardwise.sharding import ShardingEnv, construct_module_sharding_plan, shar
 from shardwise.tables import EmbeddingBagCollection, EmbeddingBagConfig
 
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # reserved for documentation
-CABLE, RANKS_PER_HOST, TIMEOUT_S = "cable", 2, 4.0
+CABLE, RANKS_PER_HOST, TIMEOUT_S = "cable", 2, 5.0
 ROWS, WIDTH, BATCH = 50, 8, 6
 
 

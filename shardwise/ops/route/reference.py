@@ -34,6 +34,17 @@ class Sent(NamedTuple):
     bag_slots: Tensor
     entries: Tensor
     entries_per_bag: Tensor
+    num_bad: Tensor  # [1]
+
+
+class Found(NamedTuple):
+    """Where the ids of a split go."""
+
+    slot: Tensor
+    relative: Tensor  # the ids less the bases of their blocks
+    is_good: Tensor  # whether they are sent
+    num_slots: int
+    num_bad: Tensor  # [1]
 
 
 def bags_of(offsets: Tensor, bags: Tensor, key: int) -> Bags:
@@ -69,6 +80,20 @@ def settle(
     return rows, is_good
 
 
+def find_slots(
+    ids: Tensor, own: Bags, blocks: Tensor, place: list[int], split: int, bad_ids: int
+) -> Found:
+    """Find the slot of each id of a split, whose (first block, blocks, …, slots) are `place`."""
+    first, count, _, num_slots = place
+    ends, slots, bases = blocks[first : first + count].to(ids.device).t().contiguous()
+    raw, num_rows = ids[own.positions].long(), int(ends[-1])
+    rows, is_good = settle(raw, own, num_rows, split, bad_ids)
+    block = torch.searchsorted(ends, rows.clamp(0, max(num_rows - 1, 0)), right=True)
+    block = block.clamp(max=count - 1)  # of a table without rows
+    num_bad = ((raw < 0) | (raw >= num_rows)).sum().view(1)
+    return Found(slots[block], rows - bases[block], is_good, num_slots, num_bad)
+
+
 def route(  # noqa: PLR0913  # the operator's arguments, in its order
     ids: Tensor,
     offsets: Tensor,
@@ -83,32 +108,19 @@ def route(  # noqa: PLR0913  # the operator's arguments, in its order
     is_wide: bool,
 ) -> tuple[Tensor, ...]:
     """Give (message, sizes, counts, entries, entry offsets, origins, bad counts)."""
-    device = ids.device
-    places = channels.to(device)
-    none = torch.empty(0, dtype=torch.int64, device=device)
-    every = [Sent(none, none, none, none, none, none.view(0, 2), none)]
-    bad_counts = []
-    for number, (key, mode, first, count, first_slot, num_slots) in enumerate(splits.tolist()):
+    none = torch.empty(0, dtype=torch.int64, device=ids.device)
+    every = [Sent(none, none, none, none, none, none.view(0, 2), none, none)]
+    for number, (key, mode, *place) in enumerate(splits.tolist()):
         own = bags_of(offsets, bags, key)
-        ends, slots, bases = blocks[first : first + count].to(device).t().contiguous()
-        raw = ids[own.positions].long()
-        num_rows = int(ends[-1])
-        rows, is_good = settle(raw, own, num_rows, number, bad_ids)
-        bad_counts.append(((raw < 0) | (raw >= num_rows)).sum())
-        block = torch.searchsorted(ends, rows.clamp(0, max(num_rows - 1, 0)), right=True)
-        block = block.clamp(max=count - 1)
-        send = _send_partials if mode == PARTIALS else _send_rows
-        sent = send(own, slots[block], rows - bases[block], is_good, num_slots)
+        found = find_slots(ids, own, blocks, place, number, bad_ids)
+        sent = _send_partials(own, found) if mode == PARTIALS else _send_rows(own, found)
+        channel_of = channels.to(ids.device)[place[2] :]
         every.append(
-            sent._replace(
-                id_slots=places[first_slot + sent.id_slots],
-                bag_slots=places[first_slot + sent.bag_slots],
-            )
+            sent._replace(id_slots=channel_of[sent.id_slots], bag_slots=channel_of[sent.bag_slots])
         )
-    sent = Sent(*(torch.cat(parts) for parts in zip(*every, strict=True)))
-    sent = _by_channel(sent)
+    sent = _by_channel(Sent(*(torch.cat(parts) for parts in zip(*every, strict=True))))
     own_weights = weights if is_weighted else None
-    message, sizes, counts = _pack(sent, own_weights, is_wide, first_channel.to(device))
+    message, sizes, counts = _pack(sent, own_weights, is_wide, first_channel.to(ids.device))
     return (
         message,
         sizes.cpu(),
@@ -116,13 +128,12 @@ def route(  # noqa: PLR0913  # the operator's arguments, in its order
         sent.entries.int(),
         torch.cat([none.new_zeros(1), sent.entries_per_bag]).cumsum(0),
         sent.origins[sent.origins >= 0] if is_weighted else none,
-        torch.stack(bad_counts).cpu() if bad_counts else none.cpu(),
+        sent.num_bad.cpu(),
     )
 
 
-def _send_partials(
-    own: Bags, slot: Tensor, relative: Tensor, is_good: Tensor, num_slots: int
-) -> Sent:
+def _send_partials(own: Bags, found: Found) -> Sent:
+    slot, relative, is_good, num_slots, num_bad = found
     num_bags = own.lengths.numel()
     bag = torch.repeat_interleave(torch.arange(num_bags, device=slot.device), own.lengths)
     key = slot * num_bags + bag
@@ -140,10 +151,12 @@ def _send_partials(
         group_slot,
         pairs[by_bag],
         torch.bincount(group_bag, minlength=num_bags),
+        num_bad,
     )
 
 
-def _send_rows(own: Bags, slot: Tensor, relative: Tensor, is_good: Tensor, num_slots: int) -> Sent:
+def _send_rows(own: Bags, found: Found) -> Sent:
+    slot, relative, is_good, num_slots, num_bad = found
     relative = relative.where(is_good, 0)
     stride = int(relative.max()) + 1 if relative.numel() else 1
     key = torch.where(is_good, slot * stride + relative, num_slots * stride)
@@ -159,7 +172,7 @@ def _send_rows(own: Bags, slot: Tensor, relative: Tensor, is_good: Tensor, num_s
     order = order[group_slot[order] < num_slots]
     none = slot[:0]
     ids, origins = (distinct % stride)[order], torch.full_like(order, -1)
-    return Sent(ids, group_slot[order], origins, none, none, pairs, own.lengths)
+    return Sent(ids, group_slot[order], origins, none, none, pairs, own.lengths, num_bad)
 
 
 def _number_within(group: Tensor, count: int) -> Tensor:

@@ -22,7 +22,7 @@ _SCHEMAS = Path(__file__).with_name("schemas.inc")
 GPU_VERSIONS = dict.fromkeys(
     ("lookup", "count_bad_ids", "update_", "row_sums", "row_grads", "weight_grads"),
     "shardwise.ops.lookup.gpu",
-)
+) | dict.fromkeys(("interaction", "interaction_grad"), "shardwise.ops.interaction.gpu")
 """Operators with a Triton version, and the module whose function of that name it is."""
 
 

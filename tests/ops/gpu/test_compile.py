@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install shardwise[gpu]")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are defined for the interpreter", allow_module_level=True)
 
+from shardwise.ops.interaction import gpu as interaction
 from shardwise.ops.lookup import RULES, Pooling, Rule, gpu
 from tests.ops.gpu.compiling import TARGETS, Launch, recorded
 from tests.ops.test_lookup import DTYPES, NO_WEIGHTS, Case, make_case, make_update
@@ -56,6 +57,18 @@ def test_every_kernel_compiles(target):
     ]
     for launch in kernels.values():
         assert len(launch.compile(target)) > 1000
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("num_sparse", "width"), [(26, 128), (3, 4)])
+def test_interaction_compiles(target, num_sparse, width):
+    dense, sparse = torch.randn(2, width), torch.randn(2, num_sparse, width)
+    with recorded() as launches:
+        out = interaction.interaction(dense, sparse)
+        interaction.interaction_grad(out, dense, sparse)
+    assert [launch.kernel.__name__ for launch in launches] == ["_forward", "_backward"]
+    for launch in launches:
+        assert launch.compile(target)
 
 
 def test_every_rule_compiles():

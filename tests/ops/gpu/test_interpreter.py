@@ -35,12 +35,14 @@ def test_kernels_pass_their_tests():
 
 def test_kernels_pass_a_sample_of_the_tests_of_the_operators():
     run_pytest(
-        *("-p", "tests.ops.gpu.triton_on_cpu", "-m", "not slow", "tests/ops/test_lookup.py"),
+        *("-p", "tests.ops.gpu.triton_on_cpu", "-m", "not slow"),
+        *("tests/ops/test_interaction.py", "tests/ops/test_lookup.py"),
         *("-k", f"not ({' or '.join(MANY_PROGRAMS)})"),
-        every=2,
+        every=3,
     )
 
 
 @pytest.mark.slow
 def test_kernels_pass_all_fast_tests_of_the_operators():
-    run_pytest("-p", "tests.ops.gpu.triton_on_cpu", "-m", "not slow", "tests/ops/test_lookup.py")
+    tests = ("tests/ops/test_interaction.py", "tests/ops/test_lookup.py")
+    run_pytest("-p", "tests.ops.gpu.triton_on_cpu", "-m", "not slow", *tests)

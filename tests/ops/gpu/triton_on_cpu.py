@@ -51,7 +51,7 @@ def on_device(name: str) -> Callable[..., Any]:
 
 def pytest_configure() -> None:
     library = importlib.import_module("shardwise.ops.library")  # after the hook for shape checks
-    importlib.import_module("shardwise.ops.lookup")
+    importlib.import_module("shardwise")
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if is_interpreted:  # a program costs milliseconds whatever its size
         importlib.import_module("shardwise.ops.lookup.gpu_layout").TILE = 1 << 15

@@ -111,6 +111,7 @@ class TableCollection(nn.Module, abc.ABC):
                 for i, o in zip(inputs, outputs, strict=True)
             ],
             dtype=torch.int64,
+            device="cpu",  # read on the host, to lay lookups out
         ).view(-1, 4)
         counted_on = "cpu" if self._device.type == "meta" else self._device
         ignored = torch.zeros(len(outputs), dtype=torch.int64, device=counted_on)

@@ -151,7 +151,9 @@ class Parts:
             tables=tuple(positions),
             states=[store.states[kind] for store in stores for kind in kinds],
             steps=torch.tensor([steps[store.key] for store in stores], dtype=torch.int64),
-            slots=torch.tensor([store.slot for store in stores], dtype=torch.int64).view(-1, 4),
+            slots=torch.tensor(
+                [store.slot for store in stores], dtype=torch.int64, device="cpu"
+            ).view(-1, 4),
         )
         binding.update = self.layout.at_step(update)
         binding.parameters = {self.names[i]: self.stores[i].weight for i in positions}

@@ -99,6 +99,12 @@ def run_rule(
     if runs.keys.numel() == 0:
         return
     rule, device = RULES[rules.code], runs.grad.device
+    on_host = not (lr.is_cuda and rules.steps.is_cuda)
+    if device.type == "cuda" and on_host and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "shardwise: a CUDA graph would keep the learning rate and the steps of its capture: "
+            "make the optimizer of the tables under torch.device('cuda')"
+        )
     eps, beta1, beta2, momentum, eta, weight_decay, is_decoupled, max_gradient = rules.floats
     steps = (rules.steps + 1).to(device, non_blocking=True)
     betas = [(1 - beta ** steps.double()).float() for beta in (beta1, beta2)]

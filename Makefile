@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test slow check bench break docs stats build sanitize
+.PHONY: demo test slow check bench break docs stats build sanitize gpu
 .DELETE_ON_ERROR:
 
 demo: build
@@ -37,6 +37,11 @@ sanitize: .venv/installed
 	SHARDWISE_LIBRARY=$(CURDIR)/build/sanitize/libshardwise.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest -m "not slow" --capture=sys tests/ops
+
+# What needs a CUDA device: its tests, and the times that go to benchmarks/results/gpu.csv.
+gpu: build
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py
 
 stats:
 	$(PYTHON) tools/codestats.py --check .

@@ -26,6 +26,7 @@ from tests.ops.test_lookup import (
 )
 
 CUDA = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu] if CUDA else []
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device or Triton's interpreter", allow_module_level=True)
 

@@ -1,6 +1,7 @@
 """Nothing is made on the CPU that belongs on the device of its input; seen without a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,10 @@ from shardwise import (
 )
 from shardwise.data.batch import Batch
 from shardwise.metrics import functional
+from shardwise.ops.combine import combine, combine_grad, combine_weight_grads
+from shardwise.ops.route import unpack
 from shardwise.optim import in_backward
+from tests.ops import test_combine, test_route
 from tests.pretended_gpu import GPU, pretended_gpu
 
 
@@ -74,6 +78,43 @@ def test_jagged_tensors_stay_on_their_device(name, is_weighted):
     kjt = make_input(is_weighted)
     kjt.validate()
     assert JAGGED[name](kjt).device == GPU
+
+
+def on_cpu(results: Iterable[Tensor]) -> list[Tensor]:
+    return [result.cpu() for result in results]
+
+
+def all_equal(results: Iterable[Tensor], wanted: Iterable[Tensor]) -> bool:
+    pairs = zip(on_cpu(results), wanted, strict=True)
+    return all(torch.equal(result, other) for result, other in pairs)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ids_are_routed_and_unpacked_on_their_device(seed):
+    """Tables of integers are on the CPU, and so are the counts of what was sent."""
+    case = test_route.random_case(seed)
+    moved = {name: getattr(case, name).to(GPU) for name in ("ids", "offsets", "weights")}
+    routed = test_route.run(replace(case, **moved))
+    assert [result.device == GPU for result in routed] == [True, False, False, *[True] * 3, False]
+    assert all_equal(routed, test_route.by_reference(case))
+    message, *counts = test_route.arrived(case, 0)
+    options = (case.is_weighted, case.is_wide)
+    unpacked = unpack(message.to(GPU), *counts, *options)
+    assert all_equal(unpacked, unpack(message, *counts, *options))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_answers_are_combined_on_their_device(seed):
+    case = test_combine.random_case(seed)
+    names = ("entries", "entry_offsets", "offsets", "weights")
+    call = case.call._replace(**{name: getattr(case.call, name).to(GPU) for name in names})
+    grad, answer = case.grad().to(GPU), case.answer.to(GPU)
+    results = [
+        combine(answer, *call, case.rows, case.width),
+        combine_grad(grad, *call, case.answer.numel(), 0.25),
+        combine_weight_grads(grad, answer, *call),
+    ]
+    assert all_equal(results, test_combine.run_reference(case))
 
 
 @pytest.mark.parametrize("bad_ids", BadIds)

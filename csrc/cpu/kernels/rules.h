@@ -84,7 +84,7 @@ struct Rule;
 template <>
 struct Rule<RuleCode::kSgd> {
   template <typename T>
-  static void apply(const Row<T>& row, const RuleNumbers& k, const float*) {
+  SHARDWISE_INLINE static void apply(const Row<T>& row, const RuleNumbers& k, const float*) {
     write_row<true>(row, k, [&](const Chunk& x) { return splat(k.lr) * x.grad; });
   }
 };
@@ -92,7 +92,7 @@ struct Rule<RuleCode::kSgd> {
 template <>
 struct Rule<RuleCode::kAdagrad> {
   template <typename T>
-  static void apply(const Row<T>& row, const RuleNumbers& k, const float*) {
+  SHARDWISE_INLINE static void apply(const Row<T>& row, const RuleNumbers& k, const float*) {
     write_row<true>(row, k, [&](const Chunk& x) {
       const Floats total = load(row.state0 + x.column, x.n) + x.grad * x.grad;
       store(row.state0 + x.column, total, x.n);
@@ -103,7 +103,7 @@ struct Rule<RuleCode::kAdagrad> {
 
 struct SquaredGradient {
   template <typename T>
-  static void sums(const Row<T>& row, const RuleNumbers& k, float* out) {
+  SHARDWISE_INLINE static void sums(const Row<T>& row, const RuleNumbers& k, float* out) {
     Floats squared = splat(0.0f);
     for_chunks(row, k, [&](const Chunk& x) { squared = squared + x.grad * x.grad; });
     out[0] = sum(squared);
@@ -113,7 +113,7 @@ struct SquaredGradient {
 template <>
 struct Rule<RuleCode::kRowWiseAdagrad> : SquaredGradient {
   template <typename T>
-  static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
+  SHARDWISE_INLINE static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
     *row.state0 += sums[0] / k.logical_width;
     const Floats factor = splat(k.lr / (std::sqrt(*row.state0) + k.eps));
     write_row<true>(row, k, [&](const Chunk& x) { return factor * x.grad; });
@@ -123,7 +123,7 @@ struct Rule<RuleCode::kRowWiseAdagrad> : SquaredGradient {
 template <>
 struct Rule<RuleCode::kAdam> {
   template <typename T>
-  static void apply(const Row<T>& row, const RuleNumbers& k, const float*) {
+  SHARDWISE_INLINE static void apply(const Row<T>& row, const RuleNumbers& k, const float*) {
     write_row<true>(row, k, [&](const Chunk& x) {
       const Floats first = first_moment(row.state0, x, k);
       const Floats second = second_moment(row.state1, x, k);
@@ -137,7 +137,7 @@ struct Rule<RuleCode::kAdam> {
 template <>
 struct Rule<RuleCode::kPartialRowWiseAdam> : SquaredGradient {
   template <typename T>
-  static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
+  SHARDWISE_INLINE static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
     *row.state1 = next_row_moment(*row.state1, sums[0], k);
     const Floats second = splat(*row.state1);
     write_row<true>(row, k, [&](const Chunk& x) {
@@ -157,7 +157,7 @@ struct Rule<RuleCode::kLamb> {
            splat(decay_in_trust(k)) * x.weight;
   }
   template <typename T>
-  static void sums(const Row<T>& row, const RuleNumbers& k, float* out) {
+  SHARDWISE_INLINE static void sums(const Row<T>& row, const RuleNumbers& k, float* out) {
     Floats weight = splat(0.0f), change = splat(0.0f);
     for_chunks(row, k, [&](const Chunk& x) {
       const Floats step = update(row, k, x);
@@ -168,7 +168,7 @@ struct Rule<RuleCode::kLamb> {
     out[1] = sum(change);
   }
   template <typename T>
-  static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
+  SHARDWISE_INLINE static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
     const Floats factor = splat(k.lr * trust(sums[0], sums[1]));
     write_row<false>(row, k, [&](const Chunk& x) {
       const Floats step = update(row, k, x);
@@ -188,7 +188,7 @@ struct Rule<RuleCode::kPartialRowWiseLamb> : SquaredGradient {
     return direction(first, splat(second), k) + splat(decay_in_trust(k)) * x.weight;
   }
   template <typename T>
-  static void second_sums(const Row<T>& row, const RuleNumbers& k, float* out) {
+  SHARDWISE_INLINE static void second_sums(const Row<T>& row, const RuleNumbers& k, float* out) {
     const float second = next_row_moment(*row.state1, out[0], k);
     Floats weight = splat(0.0f), change = splat(0.0f);
     for_chunks(row, k, [&](const Chunk& x) {
@@ -200,7 +200,7 @@ struct Rule<RuleCode::kPartialRowWiseLamb> : SquaredGradient {
     out[2] = sum(change);
   }
   template <typename T>
-  static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
+  SHARDWISE_INLINE static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
     *row.state1 = next_row_moment(*row.state1, sums[0], k);
     const Floats factor = splat(k.lr * trust(sums[1], sums[2]));
     write_row<false>(row, k, [&](const Chunk& x) {
@@ -214,7 +214,7 @@ struct Rule<RuleCode::kPartialRowWiseLamb> : SquaredGradient {
 template <>
 struct Rule<RuleCode::kLarsSgd> {
   template <typename T>
-  static void sums(const Row<T>& row, const RuleNumbers& k, float* out) {
+  SHARDWISE_INLINE static void sums(const Row<T>& row, const RuleNumbers& k, float* out) {
     Floats weight = splat(0.0f), grad = splat(0.0f);
     for_chunks(row, k, [&](const Chunk& x) {
       weight = weight + x.weight * x.weight;
@@ -224,7 +224,7 @@ struct Rule<RuleCode::kLarsSgd> {
     out[1] = sum(grad);
   }
   template <typename T>
-  static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
+  SHARDWISE_INLINE static void apply(const Row<T>& row, const RuleNumbers& k, const float* sums) {
     const float decay = decay_in_trust(k), norm = std::sqrt(sums[0]);
     const float bound = std::sqrt(sums[1]) + decay * norm;
     const Floats factor = splat(bound > 0.0f ? k.lr * k.eta * norm / bound : 0.0f);

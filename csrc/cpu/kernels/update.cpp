@@ -1,5 +1,6 @@
 // Gradients to rows: sum the gradient rows of each distinct row, then run the rule on it.
 #include <memory>
+#include <type_traits>
 
 #include "rules.h"
 
@@ -13,84 +14,119 @@ void interact_grad(const Interaction& p);
 namespace {
 
 constexpr int64_t kItemsAhead = 24;
-constexpr int64_t kRowsAhead = 16;
+constexpr int64_t kRowsAhead = 24;
+constexpr int kMostVectors = kParts == 1 ? 8 : 16 / (2 * kParts);  // sums that stay in registers
 
-SHARDWISE_INLINE const float* grad_row(const RowRun& run, uint32_t item) {
-  return run.grad + (run.where == nullptr ? item : run.where[item]);
+// A run of rows whose width is known here (0: any), as the way from items to gradients is. What is
+// known spares instructions, which lets the processor see further ahead.
+template <int64_t kWidth, bool kIsDirect, bool kIsScaled>
+struct Run : RowRun {
+  SHARDWISE_INLINE int64_t width() const { return kWidth > 0 ? kWidth : table.width; }
+  SHARDWISE_INLINE const float* grad_row(int64_t i) const {
+    return grad + (kIsDirect ? items[i] : where[items[i]]);
+  }
+  SHARDWISE_INLINE Floats scaled(int64_t i, const Floats& x) const {
+    if constexpr (kIsScaled) return splat(scale[items[i]]) * x;
+    return x;
+  }
+};
+
+// Runs body(run) with what is known of a run.
+template <int64_t kWidth, typename Body>
+SHARDWISE_INLINE void with_items(const RowRun& run, const Body& body) {
+  if (run.scale != nullptr) return body(Run<kWidth, false, true>{run});
+  if (run.where != nullptr) return body(Run<kWidth, false, false>{run});
+  return body(Run<kWidth, true, false>{run});
+}
+template <typename Body>
+SHARDWISE_INLINE void with_width(const RowRun& run, const Body& body) {
+  if (run.scale == nullptr && run.where == nullptr) {
+    switch (run.table.width) {
+      case 32:
+        return body(Run<32, true, false>{run});
+      case 64:
+        return body(Run<64, true, false>{run});
+      case 128:
+        return body(Run<128, true, false>{run});
+      default:
+        break;
+    }
+  }
+  with_items<0>(run, body);
 }
 
 // Sums N vectors of columns over the items [begin, end), in registers. Fetches the same columns of
 // the items that come later, also those of the rows after this one.
-template <int N>
-SHARDWISE_INLINE void sum_panel(const RowRun& run, int64_t begin, int64_t end, int64_t column,
-                                float* out) {
-  const int64_t last_item = run.starts[run.last];
+template <int N, typename R>
+SHARDWISE_INLINE void sum_panel(const R& run, int64_t begin, int64_t end, int64_t last_item,
+                                int64_t column, float* out) {
   Floats sums[N];
   for (int v = 0; v < N; ++v) sums[v] = splat(0.0f);
   for (int64_t i = begin; i < end; ++i) {
     if (i + kItemsAhead < last_item) {
-      const float* ahead = grad_row(run, run.items[i + kItemsAhead]) + column;
+      const float* ahead = run.grad_row(i + kItemsAhead) + column;
       for (int v = 0; v < N; ++v) __builtin_prefetch(ahead + v * kLanes);
     }
-    const uint32_t item = run.items[i];
-    const float* grad = grad_row(run, item) + column;
-    if (run.scale == nullptr) {
-      for (int v = 0; v < N; ++v) sums[v] = sums[v] + load(grad + v * kLanes);
-    } else {
-      const Floats scale = splat(run.scale[item]);
-      for (int v = 0; v < N; ++v) sums[v] = sums[v] + scale * load(grad + v * kLanes);
-    }
+    const float* grad = run.grad_row(i) + column;
+    for (int v = 0; v < N; ++v) sums[v] = sums[v] + run.scaled(i, load(grad + v * kLanes));
   }
   for (int v = 0; v < N; ++v) store(out + column + v * kLanes, sums[v]);
 }
 
+// Whole vectors of columns from `column` on, in panels of N and then of fewer.
+template <int N, typename R>
+SHARDWISE_INLINE void sum_panels(const R& run, int64_t begin, int64_t end, int64_t last_item,
+                                 int64_t column, float* out) {
+  for (; column + N * kLanes <= run.width(); column += N * kLanes) {
+    sum_panel<N>(run, begin, end, last_item, column, out);
+  }
+  if constexpr (N > 1) sum_panels<N / 2>(run, begin, end, last_item, column, out);
+}
+
 // The summed gradient of one row, padded with zeros to whole vectors.
-SHARDWISE_INLINE void sum_gradient(const RowRun& run, int64_t begin, int64_t end, float* out) {
-  const int64_t width = run.table.width;
-  int64_t c = 0;
-  for (; c + 8 * kLanes <= width; c += 8 * kLanes) sum_panel<8>(run, begin, end, c, out);
-  if (c + 4 * kLanes <= width) sum_panel<4>(run, begin, end, c, out), c += 4 * kLanes;
-  if (c + 2 * kLanes <= width) sum_panel<2>(run, begin, end, c, out), c += 2 * kLanes;
-  if (c + kLanes <= width) sum_panel<1>(run, begin, end, c, out), c += kLanes;
-  if (c == width) return;
+template <typename R>
+SHARDWISE_INLINE void sum_gradient(const R& run, int64_t begin, int64_t end, int64_t last_item,
+                                   float* out) {
+  const int64_t width = run.width(), whole = width / kLanes * kLanes;
+  sum_panels<kMostVectors>(run, begin, end, last_item, 0, out);
+  if (whole == width) return;
   Floats sums = splat(0.0f);
   for (int64_t i = begin; i < end; ++i) {
-    const uint32_t item = run.items[i];
-    const Floats grad = load(grad_row(run, item) + c, width - c);
-    sums = sums + (run.scale == nullptr ? grad : splat(run.scale[item]) * grad);
+    sums = sums + run.scaled(i, load(run.grad_row(i) + whole, width - whole));
   }
-  store(out + c, sums);
+  store(out + whole, sums);
 }
 
 // Runs body(row number, summed gradient) over the rows of a run, with memory fetched ahead.
-template <typename Body>
-SHARDWISE_INLINE void for_rows(const RowRun& run, bool fetches_rows, const Body& body) {
-  const int64_t width = run.table.width, row_bytes = run.table.row_bytes();
+template <typename R, typename Body>
+SHARDWISE_INLINE void for_rows(const R& run, bool fetches_rows, int64_t row_bytes,
+                               const Body& body) {
+  const int64_t width = run.width();
   const int64_t padded = (width + kLanes - 1) / kLanes * kLanes;
   const std::unique_ptr<float[]> grad(new float[padded]);
   const int64_t first_item = run.starts[run.first], last_item = run.starts[run.last];
   for (int64_t i = first_item; i < std::min(first_item + kItemsAhead, last_item); ++i) {
-    prefetch_row(grad_row(run, run.items[i]), width * 4);
+    prefetch_row(run.grad_row(i), width * 4);
   }
   for (int64_t r = run.first; r < run.last; ++r) {
     if (fetches_rows && r + kRowsAhead < run.last) {
       const int64_t ahead = run.rows[r + kRowsAhead];
       prefetch_row(static_cast<const char*>(run.table.data) + ahead * row_bytes, row_bytes);
     }
-    sum_gradient(run, run.starts[r], run.starts[r + 1], grad.get());
+    sum_gradient(run, run.starts[r], run.starts[r + 1], last_item, grad.get());
     body(r, grad.get());
   }
 }
 
 // What one row's state holds: a number, or one per column.
-template <RuleCode kCode>
-SHARDWISE_INLINE int64_t state_width(const RowRun& run, int64_t state) {
-  return shape_of(kCode).is_per_row[state] ? 1 : run.table.width;
+template <RuleCode kCode, typename R>
+SHARDWISE_INLINE int64_t state_width(const R& run, int64_t state) {
+  return shape_of(kCode).is_per_row[state] ? 1 : run.width();
 }
 
-template <RuleCode kCode, typename T>
-SHARDWISE_INLINE Row<T> view_row(const RowRun& run, int64_t r, const float* grad) {
-  const int64_t row = run.rows[r], width = run.table.width;
+template <RuleCode kCode, typename T, typename R>
+SHARDWISE_INLINE Row<T> view_row(const R& run, int64_t r, const float* grad) {
+  const int64_t row = run.rows[r], width = run.width();
   return {static_cast<T*>(run.table.data) + row * width,
           grad,
           run.states[0] + row * state_width<kCode>(run, 0),
@@ -99,8 +135,8 @@ SHARDWISE_INLINE Row<T> view_row(const RowRun& run, int64_t r, const float* grad
           row};
 }
 
-template <RuleCode kCode>
-SHARDWISE_INLINE void prefetch_states(const RowRun& run, int64_t r) {
+template <RuleCode kCode, typename R>
+SHARDWISE_INLINE void prefetch_states(const R& run, int64_t r) {
   if (r >= run.last) return;
   for (int64_t state = 0; state < shape_of(kCode).num_states; ++state) {
     const int64_t width = state_width<kCode>(run, state);
@@ -110,26 +146,39 @@ SHARDWISE_INLINE void prefetch_states(const RowRun& run, int64_t r) {
 
 constexpr int kMostSums = 3;
 
+template <RuleCode kCode, typename T, bool kOnlySums, typename R>
+SHARDWISE_INLINE void run_row(const R& run, const RuleNumbers& k, int64_t r, const float* grad) {
+  constexpr int64_t kCount = shape_of(kCode).num_sums;
+  const Row<T> row = view_row<kCode, T>(run, r, grad);
+  float sums[kMostSums] = {};
+  if (run.given_sums != nullptr) std::copy_n(run.given_sums + r * kCount, kCount, sums);
+  if constexpr (requires { Rule<kCode>::sums(row, k, sums); }) {
+    if (run.given_sums == nullptr) Rule<kCode>::sums(row, k, sums);
+  }
+  if constexpr (requires { Rule<kCode>::second_sums(row, k, sums); }) {
+    if (kOnlySums || run.given_sums == nullptr) Rule<kCode>::second_sums(row, k, sums);
+  }
+  if constexpr (kOnlySums) {
+    std::copy_n(sums, kCount, run.out + r * kCount);
+  } else {
+    Rule<kCode>::apply(row, k, sums);
+  }
+}
+
 template <RuleCode kCode, typename T>
-void run_rule(const RowRun& run, const RuleNumbers& k, bool only_sums) {
-  const int64_t count = shape_of(kCode).num_sums;
-  for_rows(run, true, [&](int64_t r, const float* grad) {
-    prefetch_states<kCode>(run, r + kRowsAhead);
-    const Row<T> row = view_row<kCode, T>(run, r, grad);
-    float sums[kMostSums] = {};
-    if (run.given_sums != nullptr) std::copy_n(run.given_sums + r * count, count, sums);
-    if constexpr (requires { Rule<kCode>::sums(row, k, sums); }) {
-      if (run.given_sums == nullptr) Rule<kCode>::sums(row, k, sums);
-    }
-    if constexpr (requires { Rule<kCode>::second_sums(row, k, sums); }) {
-      if (only_sums || run.given_sums == nullptr) Rule<kCode>::second_sums(row, k, sums);
-    }
-    if (only_sums) {
-      std::copy_n(sums, count, run.out + r * count);
-    } else {
-      Rule<kCode>::apply(row, k, sums);
-    }
-  });
+void run_rule(const RowRun& all, const RuleNumbers& numbers, bool only_sums) {
+  const RuleNumbers k = numbers;  // a copy that no store to memory can change
+  const auto run_rows = [&](const auto& run, auto is_only_sums) {
+    for_rows(run, true, run.width() * sizeof(T), [&](int64_t r, const float* grad) {
+      prefetch_states<kCode>(run, r + kRowsAhead);
+      run_row<kCode, T, is_only_sums>(run, k, r, grad);
+    });
+  };
+  if (only_sums) {
+    with_items<0>(all, [&](const auto& run) { run_rows(run, std::true_type()); });
+  } else {
+    with_width(all, [&](const auto& run) { run_rows(run, std::false_type()); });
+  }
 }
 
 template <RuleCode kCode>
@@ -161,10 +210,11 @@ void run_code(const RowRun& run, const RuleNumbers& k, bool only_sums) {
 void update(const RowRun& run, const RuleNumbers& k) { run_code(run, k, false); }
 void row_sums(const RowRun& run, const RuleNumbers& k) { run_code(run, k, true); }
 
-void row_grads(const RowRun& run) {
-  const int64_t width = run.table.width;
-  for_rows(run, false, [&](int64_t r, const float* grad) {
-    std::copy_n(grad, width, run.out + r * width);
+void row_grads(const RowRun& all) {
+  with_items<0>(all, [&](const auto& run) {
+    for_rows(run, false, 0, [&](int64_t r, const float* grad) {
+      std::copy_n(grad, run.width(), run.out + r * run.width());
+    });
   });
 }
 

@@ -149,6 +149,7 @@ def run_python(code: str, *options: str, **environment: str) -> subprocess.Compl
 
 def test_import_loads_nothing_heavy():
     heavy = {"polars", "pandas", "sklearn", "tyro", "cattrs", "tensorboard", "tqdm", "beartype"}
+    heavy |= {"triton"}
     code = "import sys, torch; before = set(sys.modules); import shardwise; "
     code += f"print(*sorted((set(sys.modules) - before) & {heavy}))"
     assert run_python(code).stdout.split() == []

@@ -150,6 +150,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 def _serve(pipe: Connection) -> None:
     """Answer calls until the other end of the pipe is closed."""
+    faulthandler.enable()  # a crash in native code says where
     faulthandler.register(signal.SIGUSR1)
     pipe.send("ready")
     with contextlib.suppress(EOFError, KeyboardInterrupt):

@@ -9,7 +9,11 @@ pytest.importorskip("tyro")  # the extra is there as a whole or not
 
 from shardwise.cli.launch import launch
 
-SHOW = "import os; print(*(os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))"
+# One write for a line: those of several processes may else mix within it.
+SHOW = """
+words = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+print(" ".join(words) + "\\n", end="")
+"""
 
 
 def run(code: str, count: int = 2) -> int:
@@ -23,7 +27,7 @@ def test_processes_know_who_they_are(capfd):
 
 def test_processes_meet_at_a_store(capfd):
     meet = "from torch import distributed as d; d.init_process_group('gloo'); d.barrier()"
-    assert run(f"{meet}; print(d.get_rank())") == 0
+    assert run(f"{meet}; print(f'{d.get_rank()}\\n', end='')") == 0
     assert sorted(capfd.readouterr().out.split()) == ["0", "1"]
 
 

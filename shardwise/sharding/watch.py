@@ -8,14 +8,16 @@ a collective costs two assignments. Only that thread uses the store, which may i
 """
 
 import contextlib
+import faulthandler
 import json
 import os
+import re
 import socket
 import stat
 import sys
+import tempfile
 import threading
 import time
-import traceback
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +35,7 @@ _INNER = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
 # All of this process, as a rank that does not come may wait among others.
-_watches: "weakref.WeakSet[Watch]" = weakref.WeakSet()
+_watches: "weakref.WeakValueDictionary[int, Watch]" = weakref.WeakValueDictionary()
 
 
 class Step(NamedTuple):
@@ -85,7 +87,7 @@ class Watch:
         self._wants_answers = False
         self._stopped, self._woken = threading.Event(), threading.Event()
         self._interval_s = min(max(timeout_s / 20, 0.05), 2.0)
-        _watches.add(self)
+        _watches[id(self)] = self
         self._main = threading.main_thread().ident
         self._thread: threading.Thread | None = None
         if store is not None:
@@ -166,7 +168,9 @@ class Watch:
 
     def _state(self) -> State:
         state: State = {"for_s": round(time.monotonic() - self._since, 1), "where": self._where()}
-        elsewhere = (other.waits for other in list(_watches) if other.waits is not None)
+        elsewhere = (
+            other.waits for ref in _watches.valuerefs() if (other := ref()) and other.waits
+        )
         waits = self.waits or (self.last if self.given_up else None)
         waits = waits or next((Step(-1, step.tag) for step in elsewhere), None)
         for name, step in (("waits", waits), ("last", self.last)):
@@ -182,10 +186,17 @@ class Watch:
 
     def _where(self) -> str:
         """Give the innermost line of the main thread that is neither ours nor PyTorch's."""
-        frame = sys._current_frames().get(self._main or 0)
-        lines = traceback.extract_stack(frame)
-        line = ([one for one in lines if not one.filename.startswith(_INNER)] or lines)[-1]
-        return f"{line.filename}:{line.lineno} in {line.name}"
+        # Walking the frames of a thread that runs crashes the interpreter; this walks them at once.
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            threads = file.read().decode(errors="replace").split("\n\n")
+        stack = next((one for one in threads if f"0x{self._main or 0:016x}" in one), "")
+        lines = re.findall(r'File "(.*)", line (\d+) in (.*)', stack) or [
+            ("no line known", 0, "any")
+        ]
+        outer = (line for line in lines if not line[0].startswith(_INNER))
+        return "{}:{} in {}".format(*next(outer, lines[0]))
 
     def _look_out(self) -> None:
         """Look for an alarm, and answer; raise one when this rank has to."""

@@ -27,7 +27,7 @@ def test_processes_know_who_they_are(capfd):
 
 def test_processes_meet_at_a_store(capfd):
     meet = "from torch import distributed as d; d.init_process_group('gloo'); d.barrier()"
-    assert run(f"{meet}; print(f'{d.get_rank()}\\n', end='')") == 0
+    assert run(meet + "; print(str(d.get_rank()) + ' ', end='')") == 0
     assert sorted(capfd.readouterr().out.split()) == ["0", "1"]
 
 

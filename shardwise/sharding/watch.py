@@ -8,14 +8,11 @@ a collective costs two assignments. Only that thread uses the store, which may i
 """
 
 import contextlib
-import faulthandler
 import json
 import os
-import re
 import socket
 import stat
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -23,7 +20,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch.distributed.distributed_c10d import Store
 
 from shardwise.sharding.faults import Fault, describe, restore, share, some
@@ -31,7 +27,6 @@ from shardwise.sharding.faults import Fault, describe, restore, share, some
 State: TypeAlias = dict[str, Any]
 _ALARM = "alarm"
 _GIVEN_UP = "gave up"
-_INNER = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
 # All of this process, as a rank that does not come may wait among others.
@@ -185,18 +180,12 @@ class Watch:
         return state
 
     def _where(self) -> str:
-        """Give the innermost line of the main thread that is neither ours nor PyTorch's."""
-        # Walking the frames of a thread that runs crashes the interpreter; this walks them at once.
-        with tempfile.TemporaryFile() as file:
-            faulthandler.dump_traceback(file)
-            file.seek(0)
-            threads = file.read().decode(errors="replace").split("\n\n")
-        stack = next((one for one in threads if f"0x{self._main or 0:016x}" in one), "")
-        lines = re.findall(r'File "(.*)", line (\d+) in (.*)', stack) or [
-            ("no line known", 0, "any")
-        ]
-        outer = (line for line in lines if not line[0].startswith(_INNER))
-        return "{}:{} in {}".format(*next(outer, lines[0]))
+        """Give the innermost line of the main thread."""
+        # No further: to walk the frames of a thread that runs may crash the interpreter.
+        frame = sys._current_frames().get(self._main or 0)
+        if frame is None:
+            return "no line of Python"
+        return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
     def _look_out(self) -> None:
         """Look for an alarm, and answer; raise one when this rank has to."""

@@ -342,7 +342,7 @@ class Wire:
                 raise restore({self.rank: own}) from error  # which the others heard from the watch
             raise
         finally:
-            if self.watch is not None:
+            if self.watch is not None and not self.watch.given_up:  # else the last may yet ask
                 self.watch.raised(None)
 
 

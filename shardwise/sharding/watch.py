@@ -83,7 +83,6 @@ class Watch:
         self._stopped, self._woken = threading.Event(), threading.Event()
         self._interval_s = min(max(timeout_s / 20, 0.05), 2.0)
         _watches[id(self)] = self
-        self._main = threading.main_thread().ident
         self._thread: threading.Thread | None = None
         if store is not None:
             self._store = store.clone()  # type: ignore[attr-defined]  # not in torch's stubs
@@ -162,7 +161,7 @@ class Watch:
         self._woken.set()
 
     def _state(self) -> State:
-        state: State = {"for_s": round(time.monotonic() - self._since, 1), "where": self._where()}
+        state: State = {"for_s": round(time.monotonic() - self._since, 1), "process": os.getpid()}
         elsewhere = (
             other.waits for ref in _watches.valuerefs() if (other := ref()) and other.waits
         )
@@ -178,14 +177,6 @@ class Watch:
         if self._ended:
             state["ended"] = self._ended
         return state
-
-    def _where(self) -> str:
-        """Give the innermost line of the main thread."""
-        # No further: to walk the frames of a thread that runs may crash the interpreter.
-        frame = sys._current_frames().get(self._main or 0)
-        if frame is None:
-            return "no line of Python"
-        return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
     def _look_out(self) -> None:
         """Look for an alarm, and answer; raise one when this rank has to."""
@@ -258,8 +249,8 @@ class Watch:
             return f"{who} waits for {tag} instead{meetings}"
         before = f"; its last was {state['last'][1]}" if "last" in state else ""
         return (
-            f"{who} has not come: since {state['for_s']} s it is in no collective, but at "
-            f"{state['where']}{before}"
+            f"{who} has not come: since {state['for_s']} s its process {state['process']} is in no "
+            f"collective{before}"
         )
 
 

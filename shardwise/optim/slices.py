@@ -1,12 +1,14 @@
-"""What an optimizer must know of a parameter that is a slice of a table on many ranks."""
+"""What an optimizer must know of slices: whose they are, and which parameters they replaced."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from functools import cache
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 @runtime_checkable
@@ -54,3 +56,31 @@ def own(param: torch.nn.Parameter, owner: SliceOwner) -> None:
 def owner_of(param: Shaped[Tensor, "..."]) -> SliceOwner | None:
     """Give the owner of a slice; None for a parameter that lies here as a whole."""
     return getattr(param, "slice_owner", None)
+
+
+def retire(param: torch.nn.Parameter, reason: str) -> None:
+    """Note that a parameter was replaced: an optimizer that still holds it raises at its step.
+
+    It would else train nothing, without a word.
+
+    Args:
+        param: No longer part of a module.
+        reason: What it was and what replaced it, for the message.
+    """
+    vars(param)["retired"] = reason
+    _watch_steps()
+
+
+@cache
+def _watch_steps() -> None:
+    register_optimizer_step_pre_hook(_refuse_retired)
+
+
+def _refuse_retired(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if (reason := getattr(param, "retired", None)) is not None:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} holds {reason}; make the optimizer afterwards, "
+                    "from the module's parameters as they are then"
+                )

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardwise.optim.in_backward import is_owned, table_holders
-from shardwise.optim.slices import SliceOwner, own
+from shardwise.optim.slices import SliceOwner, own, retire
 from shardwise.sharding.agreement import check_equal_plans
 from shardwise.sharding.codecs import Codecs
 from shardwise.sharding.environment import ShardingEnv, get_local_rank
@@ -165,6 +165,8 @@ def _move(collection: TableCollection, layout: ManyRanks, device: torch.device |
         stores.append(store)
     collection.seed = seed
     collection.move(stores, layout)
+    for whole in wholes:
+        retire(whole.weight, f"table {whole.config.name!r} as it was before `shard` cut it")
     exchange = layout.exchange
     for number, (store, cell) in enumerate(zip(stores, exchange.cells, strict=True)):
         is_counted = cell.replicas[0] == layout.wire.rank

@@ -234,7 +234,8 @@ class Wire:
         if self.world_size == 1:
             return tensor
         self.meet(tag).wait()
-        work = self._start(tag, collective, tensor, argument, group=self._groups["answers"])
+        lane = "answers" if tensor.is_cuda else "meetings"  # which is gloo's, whatever the others
+        work = self._start(tag, collective, tensor, argument, group=self._groups[lane])
         return Pending(self.watch, Step(self._num_meetings, tag), tensor, work).wait()
 
     # ---- meetings

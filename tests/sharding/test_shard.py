@@ -203,6 +203,15 @@ def test_collection_is_sharded_once():
         shard(sharded, plan(sharded, 1))
 
 
+def test_optimizer_that_holds_tables_from_before_is_refused():
+    collection = make()
+    optimizer = torch.optim.SGD(collection.parameters(), lr=0.1)
+    shard(collection, plan(collection, 1))
+    with pytest.raises(RuntimeError, match=r"SGD holds table 'a' as it was before `shard` cut it"):
+        optimizer.step()
+    torch.optim.SGD(collection.parameters(), lr=0.1).step()
+
+
 def test_collection_with_a_rule_must_be_planned():
     model = Net()
     in_backward(model, RowWiseAdagrad)

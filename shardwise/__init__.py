@@ -9,6 +9,7 @@ Parts, lowest first: a part imports only parts above it in this list.
     nn         dense blocks, cross nets, factorization machine
     models     DLRM and its variants, DeepFM, two towers
     sharding   tables over many ranks: placements, plans, the exchange
+    checkpoint state saved and loaded in any layout
     metrics    normalized entropy, calibration, AUC; windowed and lifetime
     data       batches, data sets, preprocessing
     cli        the `shardwise` command

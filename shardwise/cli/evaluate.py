@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from shardwise.cli.checkpoint import find_checkpoint, load_tensors, read_state
+from shardwise.checkpoint import find_checkpoint, load_tensors, read_state
 from shardwise.cli.checks import ConfigError
 from shardwise.cli.config import Config, EvaluateConfig
 from shardwise.cli.problem import compare

@@ -21,11 +21,12 @@ class Ranks:
     Attributes:
         rank: The number of this one.
         count: How many there are.
+        wire: Their connection.
     """
 
     def __init__(self, wire: Wire | None = None) -> None:
         """Take their connection."""
-        self._wire = wire
+        self.wire = wire
         self.rank = 0 if wire is None else wire.rank
         self.count = 1 if wire is None else wire.world_size
 
@@ -36,11 +37,11 @@ class Ranks:
 
     def together(self, what: str) -> AbstractContextManager[None]:
         """Let an error that one process raises inside be raised on all; also wait for all."""
-        return nullcontext() if self._wire is None else self._wire.together(what)
+        return nullcontext() if self.wire is None else self.wire.together(what)
 
     def any(self, is_so: bool, what: str) -> bool:
         """Say whether something is so in any process."""
-        return is_so if self._wire is None else any(self._wire.meet(what, int(is_so)).wait())
+        return is_so if self.wire is None else any(self.wire.meet(what, int(is_so)).wait())
 
     def gather(
         self, rows: Shaped[Tensor, "..."], sizes: Sequence[int], what: str
@@ -52,12 +53,12 @@ class Ranks:
             sizes: How many each has.
             what: For messages.
         """
-        if self._wire is None:
+        if self.wire is None:
             return rows
         copies = rows.repeat(self.count, *[1] * (rows.dim() - 1))
         own = [sizes[self.rank]] * self.count
         # The ranks go the same way; one that does not says why, and the others hear it here.
-        sent = self._wire.all_to_all(copies, own, sizes, tag=what, lane="answers", is_agreed=True)
+        sent = self.wire.all_to_all(copies, own, sizes, tag=what, lane="answers", is_agreed=True)
         return sent.wait()
 
     def gather_uneven(self, rows: Shaped[Tensor, "..."], what: str) -> Shaped[Tensor, "..."]:

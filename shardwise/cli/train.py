@@ -8,7 +8,7 @@ from threading import Event
 
 import torch
 
-from shardwise.cli.checkpoint import list_checkpoints
+from shardwise.checkpoint import list_checkpoints
 from shardwise.cli.checks import ConfigError
 from shardwise.cli.config import Config
 from shardwise.cli.interrupt import deferred_interrupt

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.cli.checkpoint import (
+from shardwise.checkpoint import (
     find_checkpoint,
     load_tensors,
     read_state,
@@ -218,7 +218,7 @@ class Trainer:
             self._tensors(),
             state,
             keep=config.keep,
-            ranks=self.ranks,
+            wire=self.ranks.wire,
         )
 
     def resume(self) -> Path:

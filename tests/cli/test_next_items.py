@@ -6,8 +6,8 @@ import torch
 
 pytest.importorskip("tyro")  # the extra is there as a whole or not
 
+from shardwise.checkpoint import find_checkpoint, read_state
 from shardwise.cli import main
-from shardwise.cli.checkpoint import find_checkpoint, read_state
 from shardwise.cli.data_config import SequencesConfig
 from shardwise.cli.next_items import judge, load_sequences
 from shardwise.cli.ranks import Ranks

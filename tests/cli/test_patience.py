@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("tyro")  # the extra is there as a whole or not
 
+from shardwise.checkpoint import list_checkpoints, read_state, read_tensors
 from shardwise.cli import main
-from shardwise.cli.checkpoint import list_checkpoints, read_state, read_tensors
 from shardwise.cli.trainer import Trainer
 
 NE_BY_EPOCH = [0.9, 0.7, 0.8, 0.75, 0.6]

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("tyro")  # the extra is there as a whole or not
 
+from shardwise.checkpoint import find_checkpoint, read_state, read_tensors
 from shardwise.cli import main
-from shardwise.cli.checkpoint import find_checkpoint, read_state, read_tensors
 from shardwise.cli.ranks import joined_ranks
 from shardwise.cli.recipe import load_problem
 from shardwise.cli.settings import read_config

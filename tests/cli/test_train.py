@@ -10,8 +10,8 @@ pytest.importorskip("tyro")  # the extra is there as a whole or not
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from shardwise.checkpoint import find_checkpoint, read_state, read_tensors
 from shardwise.cli import main
-from shardwise.cli.checkpoint import find_checkpoint, read_state, read_tensors
 from shardwise.cli.trainer import Trainer
 
 

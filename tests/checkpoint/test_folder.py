@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardwise.cli.checkpoint import (
+from shardwise.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_tensors,

@@ -13,7 +13,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from shardwise.cli.ranks import Ranks
+from shardwise.sharding.wire import Wire
 
 _STATE = "state.json"
 _NAME = re.compile(r"step_(\d+)")
@@ -38,7 +38,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     keep: int,
-    ranks: Ranks | None = None,
+    wire: Wire | None = None,
 ) -> Path:
     """Write `folder/step_<step>` and remove the oldest ones beyond `keep`.
 
@@ -48,26 +48,30 @@ def save_checkpoint(
         tensors: What to save, by name.
         state: What is no tensor; JSON must be able to hold it.
         keep: How many checkpoints to leave, this one among them.
-        ranks: Who saves: each calls this with the same arguments, but with its own parts of
+        wire: Connects who saves: each calls this with the same arguments, but with its own parts of
             tensors, in a folder that all of them see; None: this process alone.
 
     Returns:
         The folder written.
     """
-    ranks = ranks or Ranks()
+    is_first = wire is None or wire.rank == 0
     path = folder / f"step_{step}"
     unfinished = folder / f".step_{step}.unfinished"
-    with ranks.together("preparing a checkpoint"):
-        if ranks.is_first:
+    with _together(wire, "preparing a checkpoint"):
+        if is_first:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
     writer = FileSystemWriter(unfinished, overwrite=True)
     with _one_process():
-        save(dict(tensors), storage_writer=writer, no_dist=ranks.count == 1)
-    with ranks.together("finishing a checkpoint"):
-        if ranks.is_first:
+        save(dict(tensors), storage_writer=writer, no_dist=wire is None)
+    with _together(wire, "finishing a checkpoint"):
+        if is_first:
             _finish(unfinished, path, {"step": step, "state": state}, keep)
     return path
+
+
+def _together(wire: Wire | None, what: str) -> AbstractContextManager[None]:
+    return nullcontext() if wire is None else wire.together(what)
 
 
 def _finish(unfinished: Path, path: Path, content: Mapping[str, Any], keep: int) -> None:

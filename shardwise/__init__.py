@@ -2,17 +2,17 @@
 
 Parts, lowest first: a part imports only parts above it in this list.
 
-    ops        one folder per operator: reference, C++ and GPU versions
-    jagged     JaggedTensor, KeyedJaggedTensor, KeyedTensor
-    optim      update rules as data, optimizers in backward, keyed optimizers
-    tables     table configs and embedding collections
-    nn         dense blocks, cross nets, factorization machine
-    models     DLRM and its variants, DeepFM, two towers
-    sharding   tables over many ranks: placements, plans, the exchange
-    checkpoint state saved and loaded in any layout
-    metrics    normalized entropy, calibration, AUC; windowed and lifetime
-    data       batches, data sets, preprocessing
-    cli        the `shardwise` command
+    ops         one folder per operator: reference, C++ and GPU versions
+    jagged      JaggedTensor, KeyedJaggedTensor, KeyedTensor
+    optim       update rules as data, optimizers in backward, keyed optimizers
+    tables      table configs and embedding collections
+    nn          dense blocks, cross nets, factorization machine
+    models      DLRM and its variants, DeepFM, two towers
+    sharding    tables over many ranks: placements, plans, the exchange
+    checkpoint  state saved and loaded in any layout
+    metrics     normalized entropy, calibration, AUC; windowed and lifetime
+    data        batches, data sets, preprocessing
+    cli         the `shardwise` command
 """
 
 from shardwise.data import (

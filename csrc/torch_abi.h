@@ -110,29 +110,12 @@ class Tensor {
   }
 
   // A contiguous CPU tensor with uninitialised elements.
-  static Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype_code) {
-    const std::vector<int64_t> strides = strides_of(sizes);
-    AtenTensorHandle handle = nullptr;
-    check(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                   strides.data(), dtype_code, aoti_torch_device_type_cpu(), 0,
-                                   &handle),
-          "an allocation");
-    return Tensor(handle);
-  }
+  static Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype_code);
 
   // A contiguous CPU tensor of the caller's memory; `free_memory` is called with it and `context`
   // when the last tensor that uses it goes. Needs `torch_from_blob`.
   static Tensor from_memory(void* data, const std::vector<int64_t>& sizes, int32_t dtype_code,
-                            void (*free_memory)(void* data, void* context), void* context) {
-    constexpr int32_t kStrided = 0;
-    const std::vector<int64_t> strides = strides_of(sizes);
-    AtenTensorHandle handle = nullptr;
-    check(torch_from_blob(data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
-                          dtype_code, aoti_torch_device_type_cpu(), -1, &handle, kStrided, nullptr,
-                          0, free_memory, context),
-          "memory for a result");
-    return Tensor(handle);
-  }
+                            void (*free_memory)(void* data, void* context), void* context);
 
   int64_t dim() const { return query(aoti_torch_get_dim, "the number of dimensions"); }
   int64_t numel() const { return query(aoti_torch_get_numel, "the number of elements"); }
@@ -175,11 +158,6 @@ class Tensor {
   }
 
  private:
-  static std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
-    return strides;
-  }
   int64_t query(AOTITorchError (*ask)(AtenTensorHandle, int64_t*), const char* what) const {
     int64_t result = 0;
     check(ask(handle_, &result), what);
@@ -188,6 +166,34 @@ class Tensor {
 
   AtenTensorHandle handle_;
 };
+
+inline std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  return strides;
+}
+
+inline Tensor Tensor::empty(const std::vector<int64_t>& sizes, int32_t dtype_code) {
+  const std::vector<int64_t> strides = strides_of(sizes);
+  AtenTensorHandle handle = nullptr;
+  check(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                 dtype_code, aoti_torch_device_type_cpu(), 0, &handle),
+        "an allocation");
+  return Tensor(handle);
+}
+
+inline Tensor Tensor::from_memory(void* data, const std::vector<int64_t>& sizes,
+                                  int32_t dtype_code,
+                                  void (*free_memory)(void* data, void* context), void* context) {
+  constexpr int32_t kStrided = 0;
+  const std::vector<int64_t> strides = strides_of(sizes);
+  AtenTensorHandle handle = nullptr;
+  check(torch_from_blob(data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
+                        dtype_code, aoti_torch_device_type_cpu(), -1, &handle, kStrided, nullptr,
+                        0, free_memory, context),
+        "memory for a result");
+  return Tensor(handle);
+}
 
 // The words of one call, read in order of the schema. Each owned word is taken exactly once, so a
 // kernel reads all of its arguments before it checks any: what it throws over is then freed.

@@ -19,9 +19,9 @@ from typing import Any
 os.environ["POLARS_MAX_THREADS"] = "1"  # read when polars is imported
 
 import numpy as np
-from contest.results import OURS, RESULTS, Results
-from contest.timing import time_in_turn
 
+from shardwise.bench.results import OURS, RESULTS, Results
+from shardwise.bench.timing import time_in_turn
 from shardwise.data import CriteoReader
 
 

@@ -27,10 +27,6 @@ if not HAS_GPU:
     os.environ |= {"TRITON_INTERPRET": "1", "SHARDWISE_OPS": "reference"}
 
 import triton  # noqa: E402  # after the choice of its interpreter
-from contest.lookups import LR, MAKERS, Contender, Tables, make_ours  # noqa: E402
-from contest.lookups import RULES as CONTEST_RULES  # noqa: E402
-from contest.results import OURS, RESULTS, Results  # noqa: E402
-from contest.timing import Times  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from shardwise import (  # noqa: E402
@@ -41,6 +37,10 @@ from shardwise import (  # noqa: E402
     EmbeddingCollection,
     EmbeddingConfig,
 )
+from shardwise.bench.contenders import LR, MAKERS, Contender, Tables, make_ours  # noqa: E402
+from shardwise.bench.contenders import RULES as CONTEST_RULES  # noqa: E402
+from shardwise.bench.results import OURS, RESULTS, Results  # noqa: E402
+from shardwise.bench.timing import Times  # noqa: E402
 from shardwise.data.batch import Batch  # noqa: E402
 from shardwise.jagged import KeyedJaggedTensor  # noqa: E402
 from shardwise.ops import library  # noqa: E402

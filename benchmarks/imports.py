@@ -14,8 +14,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-from contest.results import OURS, RESULTS, ROOT, Results
-from contest.timing import Times
+from shardwise.bench.results import OURS, RESULTS, ROOT, Results
+from shardwise.bench.timing import Times
 
 MODULES = {"torch": "torch", OURS: "shardwise", "torchrec": "torchrec"}
 CODE = """

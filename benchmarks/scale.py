@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contest.results import RESULTS, Results
-from contest.timing import Times
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardwise import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from shardwise.bench.results import RESULTS, Results
+from shardwise.bench.timing import Times
 from shardwise.optim import RowWiseAdagrad, in_backward
 from shardwise.sharding import builders, construct_module_sharding_plan, shard
 from shardwise.sharding.environment import ShardingEnv, equal_hosts

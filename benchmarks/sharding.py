@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contest.dlrm import LIBRARIES, PLACEMENTS, counted_bytes, draw, make_step
-from contest.results import OURS, RESULTS, Results
-from contest.timing import Times
+
+from shardwise.bench.dlrm import LIBRARIES, PLACEMENTS, counted_bytes, draw, make_step
+from shardwise.bench.results import OURS, RESULTS, Results
+from shardwise.bench.timing import Times
 
 WORLD_SIZE = 2
 NUM_BATCHES = 4

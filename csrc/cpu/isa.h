@@ -109,7 +109,7 @@ struct RuleNumbers {
 // Distinct rows of one table, and the gradient rows that each sums.
 struct RowRun {
   TableView table;
-  const int64_t* rows;    // distinct, ascending
+  const int64_t* rows;    // distinct
   const int64_t* starts;  // first item of each row; one more than rows
   int64_t first, last;    // which of the rows
   const uint32_t* items;  // gradient offsets, or numbers into `where`

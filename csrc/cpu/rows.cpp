@@ -13,6 +13,8 @@ namespace {
 
 constexpr int64_t kSmallWork = 2048;   // ids below which waking threads costs more than it saves
 constexpr int64_t kPieceItems = 1024;  // gradient rows per task
+constexpr int64_t kFewItems = 256;     // of a table, that are sorted sooner than looked through
+constexpr int64_t kMarks = 16;         // marks per item, to tell rows that occur once
 
 template <typename Key>
 struct Pair {
@@ -48,7 +50,6 @@ Pair<Key>* radix_sort(Pair<Key>* a, Pair<Key>* b, int64_t count, int64_t num_row
 
 // Memory of one call, kept by its thread. Each table uses the part from its first item on.
 struct Arrays {
-  char* pairs;       // two of the widest Pair per item
   int64_t* rows;     // distinct rows
   int64_t* starts;   // one more than rows, so tables are one apart
   uint32_t* items;
@@ -129,38 +130,84 @@ int64_t list_items(const Call& call, const Plan& plan, bool is_direct, const Arr
   return count;
 }
 
-// Turns sorted pairs into distinct rows and the items of each.
-template <typename Key>
-int64_t split_rows(const Pair<Key>* pairs, int64_t count, int64_t* rows, int64_t* starts,
-                   uint32_t* items) {
-  int64_t num_rows = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i == 0 || pairs[i].row != pairs[i - 1].row) {
-      rows[num_rows] = static_cast<int64_t>(pairs[i].row);
-      starts[num_rows++] = i;
+// Distinct rows and the items of each, written one after the other.
+struct RowList {
+  int64_t* rows;
+  int64_t* starts;
+  uint32_t* items;
+  int64_t num_rows = 0, num_items = 0;
+
+  template <typename Key>
+  void add_sorted(const Pair<Key>* pairs, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (i == 0 || pairs[i].row != pairs[i - 1].row) {
+        rows[num_rows] = static_cast<int64_t>(pairs[i].row);
+        starts[num_rows++] = num_items;
+      }
+      items[num_items++] = pairs[i].item;
     }
-    items[i] = pairs[i].item;
+    starts[num_rows] = num_items;
   }
-  starts[num_rows] = count;
-  return num_rows;
-}
+
+  // Takes the pairs of rows that occur once, in the order they come; leaves the others in front.
+  // Rows share a mark where there are too many of them, and are then left though they occur once.
+  template <typename Key>
+  int64_t take_singles(Pair<Key>* pairs, int64_t count, int64_t table_rows) {
+    struct Marks {
+      uint64_t seen, again;
+    };
+    thread_local Scratch scratch;
+    const int bits = std::max<int>(6, std::bit_width(static_cast<uint64_t>(kMarks * count)));
+    const bool is_own = table_rows <= int64_t{1} << bits;
+    const int64_t num_marks = is_own ? (table_rows + 63) / 64 : int64_t{1} << (bits - 6);
+    Marks* marks = scratch.take<Marks>(num_marks);
+    std::fill_n(marks, num_marks, Marks{});
+    const uint64_t multiplier = is_own ? 1 : 0x9e3779b97f4a7c15;  // Fibonacci hashing
+    const int shift = is_own ? 0 : 64 - bits;
+    const auto slot = [&](Key row) { return (row * multiplier) >> shift; };
+    for (int64_t i = 0; i < count; ++i) {
+      const uint64_t at = slot(pairs[i].row), bit = uint64_t{1} << (at % 64);
+      Marks& mark = marks[at / 64];
+      mark.again |= mark.seen & bit;
+      mark.seen |= bit;
+    }
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Pair<Key> pair = pairs[i];
+      const uint64_t at = slot(pair.row);
+      const int64_t is_again = marks[at / 64].again >> (at % 64) & 1;
+      rows[num_rows] = static_cast<int64_t>(pair.row);
+      items[num_rows] = pair.item;
+      starts[num_rows] = num_rows;
+      pairs[left] = pair;
+      left += is_again;
+      num_rows += 1 - is_again;
+    }
+    num_items = num_rows;
+    return left;
+  }
+};
 
 template <typename Key>
-RowRun group_table(const Call& call, const Plan& plan, int64_t table, bool is_direct,
+RowRun group_table(const Call& call, const Plan& plan, int64_t table, Order order, bool is_direct,
                    const Arrays& arrays, const float* grad, Fault* fault) {
-  auto* pairs = reinterpret_cast<Pair<Key>*>(arrays.pairs) + 2 * plan.first_item;
+  thread_local Scratch scratch;  // of a table only, so that it stays in the cache
+  auto* pairs = scratch.take<Pair<Key>>(2 * plan.num_items + 1);
   is_direct &= !plan.is_scaled;
-  const int64_t count = list_items(call, plan, is_direct, arrays, pairs, fault);
+  int64_t count = list_items(call, plan, is_direct, arrays, pairs, fault);
+  RowList list{arrays.rows + plan.first_item, arrays.starts + plan.first_item + table,
+               arrays.items + plan.first_item};
+  if (order == Order::kAny && count >= kFewItems && plan.table.rows >= count) {
+    count = list.take_singles(pairs, count, plan.table.rows);
+  }
   pairs = radix_sort(pairs, pairs + plan.num_items, count, plan.table.rows);
+  list.add_sorted(pairs, count);
   RowRun run{};
   run.table = plan.table;
-  int64_t* rows = arrays.rows + plan.first_item;
-  int64_t* starts = arrays.starts + plan.first_item + table;
-  uint32_t* items = arrays.items + plan.first_item;
-  run.last = split_rows(pairs, count, rows, starts, items);
-  run.rows = rows;
-  run.starts = starts;
-  run.items = items;
+  run.last = list.num_rows;
+  run.rows = list.rows;
+  run.starts = list.starts;
+  run.items = list.items;
   run.grad = grad;
   run.where = is_direct ? nullptr : arrays.where + plan.first_item;
   run.scale = plan.is_scaled ? arrays.scale + plan.first_item : nullptr;
@@ -170,7 +217,7 @@ RowRun group_table(const Call& call, const Plan& plan, int64_t table, bool is_di
 }  // namespace
 
 std::vector<TouchedRows> group_rows(const Call& call, const std::vector<TableView>& tables,
-                                    const float* grad, int64_t grad_numel) {
+                                    const float* grad, int64_t grad_numel, Order order) {
   constexpr int64_t kMost = std::numeric_limits<uint32_t>::max();
   const std::vector<Plan> plans = plan_tables(call, tables);
   int64_t num_items = 0, most_rows = 0;
@@ -182,20 +229,18 @@ std::vector<TouchedRows> group_rows(const Call& call, const std::vector<TableVie
     }
   }
   const bool is_wide = most_rows > kMost;
-  thread_local Scratch scratch[6];
-  const size_t pair_bytes = is_wide ? sizeof(Pair<uint64_t>) : sizeof(Pair<uint32_t>);
-  const Arrays arrays = {scratch[0].take<char>(2 * pair_bytes * num_items + 1),
-                         scratch[1].take<int64_t>(num_items + 1),
-                         scratch[2].take<int64_t>(num_items + plans.size() + 1),
-                         scratch[3].take<uint32_t>(num_items + 1),
-                         scratch[4].take<int64_t>(num_items + 1),
-                         scratch[5].take<float>(num_items + 1)};
+  thread_local Scratch scratch[5];
+  const Arrays arrays = {scratch[0].take<int64_t>(num_items + 1),
+                         scratch[1].take<int64_t>(num_items + plans.size() + 1),
+                         scratch[2].take<uint32_t>(num_items + 1),
+                         scratch[3].take<int64_t>(num_items + 1),
+                         scratch[4].take<float>(num_items + 1)};
   std::vector<TouchedRows> touched(plans.size());
   std::vector<Fault> faults(plans.size());
   const bool is_direct = grad_numel <= kMost;
   run_tasks(static_cast<int64_t>(plans.size()), num_items < kSmallWork, [&](int64_t t) {
     const auto group = is_wide ? group_table<uint64_t> : group_table<uint32_t>;
-    touched[t].run = group(call, plans[t], t, is_direct, arrays, grad, &faults[t]);
+    touched[t].run = group(call, plans[t], t, order, is_direct, arrays, grad, &faults[t]);
   });
   for (const Fault& fault : faults) {
     if (fault.group != nullptr) throw_bad_id(call, tables, *fault.group, fault.position);

@@ -130,8 +130,10 @@ void update_(StableIValue* stack, uint64_t, uint64_t) {
     throw std::runtime_error("shardwise: lr must be one float32 number");
   }
   call.lay_out(rule.tables, grad.size(0), grad.size(1));
+  // Sums that are given are of ascending rows.
+  const Order order = sums.numel() > 0 ? Order::kAscending : Order::kAny;
   std::vector<TouchedRows> touched =
-      group_rows(call, view_tables(rule.tables), gradient, grad.numel());
+      group_rows(call, view_tables(rule.tables), gradient, grad.numel(), order);
   const auto numbers = bind_runs(rule, sums, *lr.data<float>(), seed, &touched);
   for_each_piece(touched, [&](const TouchedRows& table, const RowRun& run) {
     isa().update(run, numbers[&table - touched.data()]);

@@ -3,10 +3,18 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "rounding.h"
 
 namespace shardwise::cpu::SHARDWISE_ISA {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Neither decays nor clips.
+SHARDWISE_INLINE bool is_plain(const RuleNumbers& k) {
+  return k.weight_decay == 0.0f && !(k.max_gradient < kInfinity);
+}
 
 // One touched row: before the update, its summed gradient (padded to whole vectors) and its states
 // (of a state per row, the pointer to its number).
@@ -31,8 +39,10 @@ template <typename T, typename Body>
 SHARDWISE_INLINE void for_chunks(const Row<T>& row, const RuleNumbers& k, Body body) {
   for (int64_t c = 0; c < row.width; c += kLanes) {
     Chunk chunk{load(row.weight + c, row.width - c), load(row.grad + c), c, row.width - c};
-    chunk.grad = clamp(chunk.grad, k.max_gradient);
-    if (!k.is_decoupled) chunk.grad = chunk.grad + splat(k.weight_decay) * chunk.weight;
+    if (k.max_gradient < kInfinity) chunk.grad = clamp(chunk.grad, k.max_gradient);
+    if (!k.is_decoupled && k.weight_decay != 0.0f) {
+      chunk.grad = chunk.grad + splat(k.weight_decay) * chunk.weight;
+    }
     body(chunk);
   }
 }

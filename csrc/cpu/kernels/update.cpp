@@ -21,6 +21,8 @@ constexpr int kMostVectors = kParts == 1 ? 8 : 16 / (2 * kParts);  // sums that 
 // known spares instructions, which lets the processor see further ahead.
 template <int64_t kWidth, bool kIsDirect, bool kIsScaled>
 struct Run : RowRun {
+  // The gradient of a row that occurs once needs no sum, and where it lies may be read to the end.
+  static constexpr bool kReadsInPlace = kWidth > 0;
   SHARDWISE_INLINE int64_t width() const { return kWidth > 0 ? kWidth : table.width; }
   SHARDWISE_INLINE const float* grad_row(int64_t i) const {
     return grad + (kIsDirect ? items[i] : where[items[i]]);
@@ -38,21 +40,27 @@ SHARDWISE_INLINE void with_items(const RowRun& run, const Body& body) {
   if (run.where != nullptr) return body(Run<kWidth, false, false>{run});
   return body(Run<kWidth, true, false>{run});
 }
+// Runs body(run, numbers) with what is known of both. Constants leave out the instructions of what
+// is not asked for.
 template <typename Body>
-SHARDWISE_INLINE void with_width(const RowRun& run, const Body& body) {
-  if (run.scale == nullptr && run.where == nullptr) {
+SHARDWISE_INLINE void with_width(const RowRun& run, const RuleNumbers& k, const Body& body) {
+  if (run.scale == nullptr && run.where == nullptr && is_plain(k)) {
+    RuleNumbers plain = k;
+    plain.weight_decay = 0.0f;
+    plain.max_gradient = kInfinity;
+    plain.is_decoupled = false;
     switch (run.table.width) {
       case 32:
-        return body(Run<32, true, false>{run});
+        return body(Run<32, true, false>{run}, plain);
       case 64:
-        return body(Run<64, true, false>{run});
+        return body(Run<64, true, false>{run}, plain);
       case 128:
-        return body(Run<128, true, false>{run});
+        return body(Run<128, true, false>{run}, plain);
       default:
         break;
     }
   }
-  with_items<0>(run, body);
+  with_items<0>(run, [&](const auto& items) { body(items, k); });
 }
 
 // Sums N vectors of columns over the items [begin, end), in registers. Fetches the same columns of
@@ -113,8 +121,17 @@ SHARDWISE_INLINE void for_rows(const R& run, bool fetches_rows, int64_t row_byte
       const int64_t ahead = run.rows[r + kRowsAhead];
       prefetch_row(static_cast<const char*>(run.table.data) + ahead * row_bytes, row_bytes);
     }
-    sum_gradient(run, run.starts[r], run.starts[r + 1], last_item, grad.get());
-    body(r, grad.get());
+    const int64_t begin = run.starts[r], end = run.starts[r + 1];
+    const float* sum = grad.get();
+    if (R::kReadsInPlace && end - begin == 1) {
+      if (begin + kItemsAhead < last_item) {
+        prefetch_row(run.grad_row(begin + kItemsAhead), width * 4);
+      }
+      sum = run.grad_row(begin);
+    } else {
+      sum_gradient(run, begin, end, last_item, grad.get());
+    }
+    body(r, sum);
   }
 }
 
@@ -167,17 +184,22 @@ SHARDWISE_INLINE void run_row(const R& run, const RuleNumbers& k, int64_t r, con
 
 template <RuleCode kCode, typename T>
 void run_rule(const RowRun& all, const RuleNumbers& numbers, bool only_sums) {
-  const RuleNumbers k = numbers;  // a copy that no store to memory can change
-  const auto run_rows = [&](const auto& run, auto is_only_sums) {
-    for_rows(run, true, run.width() * sizeof(T), [&](int64_t r, const float* grad) {
+  // Inlined, so that what is constant in the numbers is known in the loop.
+  const auto run_rows = [&](const auto& run, const RuleNumbers& given,
+                            auto is_only_sums) SHARDWISE_INLINE_BODY {
+    const RuleNumbers k = given;  // a copy that no store to memory can change
+    const auto body = [&](int64_t r, const float* grad) SHARDWISE_INLINE_BODY {
       prefetch_states<kCode>(run, r + kRowsAhead);
       run_row<kCode, T, is_only_sums>(run, k, r, grad);
-    });
+    };
+    for_rows(run, true, run.width() * sizeof(T), body);
   };
   if (only_sums) {
-    with_items<0>(all, [&](const auto& run) { run_rows(run, std::true_type()); });
+    with_items<0>(all, [&](const auto& run) { run_rows(run, numbers, std::true_type()); });
   } else {
-    with_width(all, [&](const auto& run) { run_rows(run, std::false_type()); });
+    with_width(all, numbers, [&](const auto& run, const RuleNumbers& k) SHARDWISE_INLINE_BODY {
+      run_rows(run, k, std::false_type());
+    });
   }
 }
 

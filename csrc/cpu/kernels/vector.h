@@ -13,6 +13,7 @@
 #include "../isa.h"
 
 #define SHARDWISE_INLINE inline __attribute__((always_inline))
+#define SHARDWISE_INLINE_BODY __attribute__((always_inline))  // of a lambda
 
 namespace shardwise::cpu::SHARDWISE_ISA {
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest.results import OURS, RESULTS, Results
-from contest.timing import Times, time_in_turn
+
+from shardwise.bench.results import OURS, RESULTS, Results
+from shardwise.bench.timing import Times, time_in_turn
 
 CALLS = 1000  # constructions per timed round: one alone is below the clock's noise
 

@@ -5,13 +5,10 @@ gives one tensor [batch, tables * width]; a training step is forward, backward f
 of that tensor, and an update of the touched rows.
 """
 
-import ctypes
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -139,13 +136,12 @@ def make_fbgemm(tables: Tables) -> Contender:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from fbgemm_gpu import split_table_batched_embeddings_ops_training as batched
-        from fbgemm_gpu.split_embedding_configs import SparseType
-
+        batched: Any = import_module("fbgemm_gpu.split_table_batched_embeddings_ops_training")
+        configs: Any = import_module("fbgemm_gpu.split_embedding_configs")
         place = (batched.EmbeddingLocation.HOST, batched.ComputeDevice.CPU)
         module = batched.SplitTableBatchedEmbeddingBagsCodegen(
             [(tables.rows, tables.width, *place)] * tables.num_tables,
-            weights_precision=SparseType.from_dtype(DTYPES[tables.dtype]),
+            weights_precision=configs.SparseType.from_dtype(DTYPES[tables.dtype]),
             optimizer=getattr(batched.OptimType, RULES[tables.rule][3]),
             learning_rate=LR,
             eps=EPS,
@@ -168,35 +164,6 @@ def make_fbgemm(tables: Tables) -> Contender:
 
 MAKERS = {"torch": make_embedding_bags, "fbgemm": make_fbgemm}
 """Makers of our peers, by name."""
-
-
-def compile_probe(width: int) -> Callable[..., None]:
-    """Build the probe of random reads (`probe.cpp`).
-
-    Returns:
-        `gather(weights, ids [tables, batch, pooling], out or None)`, which reads what a forward
-        reads and with `out` [batch, tables * width] writes what it writes.
-
-    Raises:
-        OSError: There is no g++.
-        CalledProcessError: It does not compile.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder, "probe.so")
-        source = Path(__file__).with_name("probe.cpp")
-        flags = ["-std=c++20", "-O3", "-march=native", "-Wno-psabi", f"-DWIDTH={width}"]
-        command = ["g++", *flags, "-shared", "-fPIC", "-pthread", str(source), "-o", str(binary)]
-        subprocess.run(command, check=True, capture_output=True)
-        library = ctypes.CDLL(str(binary))
-
-    def gather(weights: list[Tensor], ids: Tensor, out: Tensor | None) -> None:
-        pointers = (ctypes.c_void_p * len(weights))(*[weight.data_ptr() for weight in weights])
-        sizes = [ctypes.c_int64(size) for size in ids.shape]
-        target = ctypes.c_void_p(None if out is None else out.data_ptr())
-        threads = ctypes.c_int64(torch.get_num_threads())
-        library.gather(pointers, ctypes.c_void_p(ids.data_ptr()), *sizes, target, threads)
-
-    return gather
 
 
 def _lengths(ids: Tensor) -> Tensor:

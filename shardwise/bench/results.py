@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from contest.timing import Times
+from shardwise.bench.timing import Times
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+IS_CHECKOUT = (ROOT / "benchmarks").is_dir()
+RESULTS = ROOT / "benchmarks" / "results" if IS_CHECKOUT else Path("results")
 OURS = "shardwise"
 
 _UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6}
@@ -33,6 +34,14 @@ class Results:
         self._place = describe_machine()
         print(", ".join(f"{name} {value}" for name, value in self._place.items()))
 
+    def has(self, what: Mapping[str, object]) -> bool:
+        """Whether the file has rows of `what` from this machine and commit, of an unchanged tree."""
+        if self._path is None or not self._path.exists() or str(self._place["commit"])[-1] == "+":
+            return False
+        wanted = {name: str(value) for name, value in {**what, **self._place}.items()}
+        with self._path.open(newline="") as file:
+            return any(wanted.items() <= row.items() for row in csv.DictReader(file))
+
     def add(self, what: Mapping[str, object], times: Mapping[str, Times]) -> None:
         """Print one line per contender, with its ratio to ours, and keep a row of each.
 
@@ -52,6 +61,13 @@ class Results:
             spread = {"quartile1": f"{low:.4f}", "quartile3": f"{high:.4f}"}
             spread |= {"repeats": len(each.seconds), "ratio_to_ours": f"{ratio:.3f}"}
             self._keep(what, name, median, self._unit, spread)
+
+    def add_rate(self, what: Mapping[str, object], times: Times, num_bytes: int) -> None:
+        """Print and keep GB/s of moving `num_bytes` in each run; of the machine, not of a contender."""
+        low, middle, high = (num_bytes / 1e9 / t for t in (times.quartiles[1], times.median, times.quartiles[0]))
+        print(f"  {middle:8.1f} GB/s  " + " ".join(f"{name}={value}" for name, value in what.items()))
+        spread = {"quartile1": f"{low:.4f}", "quartile3": f"{high:.4f}"}
+        self._keep(what, "probe", middle, "GB/s", spread | {"repeats": len(times.seconds)})
 
     def add_size(self, what: Mapping[str, object], contender: str, num_bytes: int) -> None:
         """Print and keep a size in MB."""

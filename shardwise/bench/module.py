@@ -1,40 +1,39 @@
 """Pooled lookups on CPU beside `torch.nn.EmbeddingBag` and FBGEMM: forward, and a training step.
 
-The contenders hold the same weights, get the same ids and are checked to agree before they are
-timed, in turn, in one process. A training step is forward, backward and an update of the touched
-rows. What to know of the peers:
+26 tables of 300,000 rows of 64 under row-wise Adagrad, 20 ids per bag in batches of 2,048 and one
+in batches of 8,192, uniform and under Zipf's law. The contenders hold the same weights, get the
+same ids and are checked to agree before they are timed, in turn, in one process. A training step is
+forward, backward and an update of the touched rows. What to know of the peers:
 
 * EmbeddingBag: one module per table, joined by `torch.cat`; row-sparse gradients and an optimizer
   that takes them (of row-wise Adagrad torch has none: ours in plain torch).
 * FBGEMM (`pip install --no-deps fbgemm-gpu-cpu`, the version that goes with the torch at hand): its
   CPU wheel runs on one thread whatever is asked, and its tables lie in 4 KB pages unless
   THP_MEM_ALLOC_ENABLE=1 is set before the start, which moves all tensors of torch to 2 MB pages.
-  Run the script once with it and once without.
-* The probe (where there is g++): only the reads of the forward, and the reads with the writes, from
-  our tables and into a new tensor in 2 MB pages. A bound, not a peer.
-
-The default is 26 tables of 300,000 rows of 64 and both workloads. Rows of results go to
-benchmarks/results/lookup.csv.
+* The probe (where there is g++): only the reads of the forward, and the reads with the writes into
+  memory that was used before, from our tables. A bound, not a peer.
 """
 
-import argparse
 import os
-import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from contest.lookups import DTYPES, MAKERS, RULES, Contender, Tables, compile_probe, make_ours
-from contest.results import OURS, RESULTS, Results
-from contest.timing import time_in_turn
 from torch import Tensor
 
+from shardwise.bench import probe
+from shardwise.bench.contenders import MAKERS, Contender, Tables, make_ours
+from shardwise.bench.options import Options
+from shardwise.bench.results import OURS, Results
+from shardwise.bench.timing import time_in_turn
 from shardwise.tables.store import allocate
 
 ZIPF_EXPONENT = 1.05
 NUM_BATCHES = 4  # taken in turn, so that no round finds the rows of the one before in the cache
+
+Runs = dict[str, Callable[[int], object]]
+"""What is timed, by contender; each takes the number of the round."""
 
 
 @dataclass(frozen=True)
@@ -60,61 +59,46 @@ class Workload:
         return torch.stack([order[rank] for order, rank in zip(orders, ranks, strict=True)])
 
 
-def main() -> None:
-    """Read the options, and time all workloads, passes and thread counts."""
-    options = read_options()
-    results = Results(options.csv, "ms")
-    tables = Tables(options.tables, options.rows, options.width, options.dtype, options.rule)
+BASE = Tables(26, 300_000, 64, "fp32", "row_wise_adagrad")
+WORKLOADS = [Workload(b, p, ids) for b, p in ((2048, 20), (8192, 1)) for ids in ("uniform", "zipf")]
+
+
+def run(results: Results, options: Options) -> None:
+    """Time the workloads on the tables above, beside all peers and the probe."""
+    tables = Tables(4, 10_000, 64, "fp32", "row_wise_adagrad") if options.quick else BASE
+    peers = (*MAKERS, "probe") if options.peers else ()
+    measure(results, options, tables, WORKLOADS, peers)
+
+
+def measure(
+    results: Results,
+    options: Options,
+    tables: Tables,
+    workloads: Sequence[Workload],
+    peers: Sequence[str],
+) -> None:
+    """Time forward and training of workloads on tables of one size, beside peers and the probe.
+
+    Raises:
+        MemoryError: The tables of all would not fit.
+    """
     pages = "huge" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "as shipped"
-    contenders = make_contenders(tables, options.peers)
-    probe = find_probe(tables) if "probe" in options.peers else None
+    contenders = make_contenders(tables, peers)
     check_alike(contenders, Workload(256, 3, "uniform").draw(tables, 0), tables)
-    for batch, pooling in options.workloads:
-        for ids in options.ids:
-            workload = Workload(batch, pooling, ids)
-            drawn = [workload.draw(tables, seed) for seed in range(NUM_BATCHES)]
-            for name, runs in list_passes(contenders, drawn, tables, probe).items():
-                for threads in options.threads:
-                    torch.set_num_threads(threads)
-                    times = time_in_turn(runs, options.repeats)
-                    what = {"pass": name, "threads": threads, "pages": pages}
-                    results.add({**vars(tables), **vars(workload), **what}, times)
+    for workload in workloads:
+        drawn = [workload.draw(tables, seed) for seed in range(NUM_BATCHES)]
+        passes = list_passes(contenders, drawn, tables)
+        if "probe" in peers:
+            passes["forward"] |= list_probes(contenders[OURS].weights, drawn)
+        for name, runs in passes.items():
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                what = {"pass": name, "threads": threads, "pages": pages}
+                times = time_in_turn(runs, options.repeats)
+                results.add({**vars(tables), **vars(workload), **what}, times)
 
 
-def read_options() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--tables", type=int, default=26, help="how many")
-    add("--rows", type=int, default=300_000, help="of each table")
-    add("--width", type=int, default=64, help="of each row")
-    add("--batch", type=int, help="with --pooling: one workload in place of the two")
-    add("--pooling", type=int, help="ids per bag")
-    add("--ids", nargs="+", choices=["uniform", "zipf"], default=["uniform", "zipf"])
-    add("--threads", type=int, nargs="+", default=[1, 2])
-    add("--dtype", choices=DTYPES, default="fp32", help="of the rows")
-    add("--rule", choices=RULES, default="row_wise_adagrad", help="of the update")
-    add("--peers", nargs="*", choices=[*MAKERS, "probe"], default=[*MAKERS, "probe"])
-    add("--repeats", type=int, default=12, help="rounds; the median is reported")
-    add("--csv", type=Path, help="where rows are added (with --quick: none unless given)")
-    add("--quick", action="store_true", help="small tables and 3 rounds, to see that it runs")
-    options = parser.parse_args()
-    if (options.batch is None) != (options.pooling is None):
-        parser.error("--batch and --pooling go together")
-    if options.batch is not None:
-        options.workloads = [(options.batch, options.pooling)]
-    else:
-        options.workloads = [(2048, 20), (8192, 1)]
-    if options.quick:
-        options.rows, options.repeats = min(options.rows, 10_000), 3
-    elif options.csv is None:
-        options.csv = RESULTS / "lookup.csv"
-    return options
-
-
-def make_contenders(tables: Tables, peers: list[str]) -> dict[str, Contender]:
+def make_contenders(tables: Tables, peers: Sequence[str]) -> dict[str, Contender]:
     """Make ours and those peers that are installed and have the rule and dtype; say which are not.
 
     Raises:
@@ -126,7 +110,7 @@ def make_contenders(tables: Tables, peers: list[str]) -> dict[str, Contender]:
     if wanted > free:
         raise MemoryError(
             f"{1 + len(names)} contenders with {tables.num_bytes / 2**30:.1f} GiB of tables each, "
-            f"but {free / 2**30:.1f} GiB of memory are free; name fewer --peers, or smaller tables"
+            f"but {free / 2**30:.1f} GiB of memory are free; try --quick"
         )
     contenders = {OURS: make_ours(tables)}
     for name in names:
@@ -170,27 +154,12 @@ def assert_close(name: str, result: Tensor, wanted: Tensor, dtype: str) -> None:
     assert error <= most, f"{name} differs from ours by {error:.1e} of the root mean square"
 
 
-def find_probe(tables: Tables) -> Callable[..., None] | None:
-    """Compile the probe; None, saying so, where that is not possible."""
-    try:
-        if tables.dtype != "fp32" or tables.width % 16:
-            raise OSError("it reads fp32 rows, of a width that 16 divides")
-        return compile_probe(tables.width)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"without the probe: {error}")
-        return None
-
-
 def list_passes(
-    contenders: dict[str, Contender],
-    drawn: list[Tensor],
-    tables: Tables,
-    probe: Callable[..., None] | None,
-) -> dict[str, dict[str, Callable[[int], object]]]:
-    """Give what is timed, by pass and contender; each takes the number of the round."""
-    passes: dict[str, dict[str, Callable[[int], object]]] = {"forward": {}, "train": {}}
-    shape = (drawn[0].shape[1], tables.num_tables * tables.width)
-    grad = torch.randn(shape)
+    contenders: dict[str, Contender], drawn: list[Tensor], tables: Tables
+) -> dict[str, Runs]:
+    """Give the forwards and the training steps of all contenders on the ids drawn."""
+    passes: dict[str, Runs] = {"forward": {}, "train": {}}
+    grad = torch.randn(drawn[0].shape[1], tables.num_tables * tables.width)
     for name, contender in contenders.items():
         calls = [contender.prepare(ids) for ids in drawn]
 
@@ -202,16 +171,20 @@ def list_passes(
             contender.train(calls[i % NUM_BATCHES], grad)
 
         passes["forward"][name], passes["train"][name] = run_forward, run_train
-    if probe is not None:
-        weights = contenders[OURS].weights
-        passes["forward"] |= {
-            "probe: gather": lambda i: probe(weights, drawn[i % NUM_BATCHES], None),
-            "probe: gather and write": lambda i: probe(
-                weights, drawn[i % NUM_BATCHES], allocate(shape, torch.float32, None)
-            ),
-        }
     return passes
 
 
-if __name__ == "__main__":
-    main()
+def list_probes(weights: list[Tensor], drawn: list[Tensor]) -> Runs:
+    """Give the probe's reads, alone and with writes; none, saying so, where it cannot be had."""
+    out = allocate((drawn[0].shape[1], len(weights) * weights[0].shape[1]), torch.float32, None)
+    runs: Runs = {
+        "probe: gather": lambda i: probe.gather(weights, drawn[i % NUM_BATCHES], None),
+        "probe: gather and write": lambda i: probe.gather(weights, drawn[i % NUM_BATCHES], out),
+    }
+    try:
+        for body in runs.values():
+            body(0)
+    except (OSError, ValueError) as error:
+        print(f"without the probe: {error}")
+        return {}
+    return runs

@@ -1,1 +1,0 @@
-"""What the benchmarks share: contenders timed in turn, and results as a table and CSV rows."""

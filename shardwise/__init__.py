@@ -12,6 +12,7 @@ Parts, lowest first: a part imports only parts above it in this list.
     checkpoint  state saved and loaded in any layout
     metrics     normalized entropy, calibration, AUC; windowed and lifetime
     data        batches, data sets, preprocessing
+    bench       benchmarks beside peers
     cli         the `shardwise` command
 """
 

@@ -1,4 +1,4 @@
-"""A sharded DLRM, ours or TorchRec's: both are made by the same calls, since the names agree."""
+"""A DLRM, ours or TorchRec's: both are made by the same calls, since the names agree."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +15,11 @@ CARDINALITIES = [
     *(1460, 583, 1_000_000, 1_000_000, 305, 24, 12517, 633, 3, 93145, 5683, 1_000_000, 3194),
     *(27, 14992, 1_000_000, 10, 5652, 2173, 4, 1_000_000, 18, 15, 286181, 105, 142572),
 ]
+MOST_ROWS = 1_000_000
+MOST_ROWS = 1_000_000
 WIDTH = 64
 NUM_DENSE = 13
+LAYERS = ([512, 256, WIDTH], [512, 512, 256, 1])
 NAMES = [f"t{i}" for i in range(len(CARDINALITIES))]
 PLACEMENTS = (
     "table_wise",
@@ -79,19 +82,8 @@ def make_step(library: Library, placement: str, world_size: int) -> Callable[[Ba
     MLPs 512-256-64 and 512-512-256-1; the tables by row-wise Adagrad in backward where the library
     fuses it, the rest by SGD; the dense part in DDP.
     """
-    torch.manual_seed(0)
-    tables = [
-        library.tables.EmbeddingBagConfig(
-            num_embeddings=rows, embedding_dim=WIDTH, name=name, feature_names=[name]
-        )
-        for name, rows in zip(NAMES, CARDINALITIES, strict=True)
-    ]
-    bags = library.tables.EmbeddingBagCollection(tables, device=torch.device("meta"))
-    net = library.models.DLRM(bags, NUM_DENSE, [512, 256, WIDTH], [512, 512, 256, 1])
-    options = {"lr": 0.01, "eps": 1e-8}
-    library.optim.apply_optimizer_in_backward(
-        library.row_wise_adagrad, bags.parameters(), dict(options)
-    )
+    bags = make_bags(library, torch.device("meta"))
+    net = library.models.DLRM(bags, NUM_DENSE, *LAYERS)
     sharders = [permissive(kind()) for kind in sharder_types(library)]
     plan = library.sharding.construct_module_sharding_plan(
         bags,
@@ -110,7 +102,30 @@ def make_step(library: Library, placement: str, world_size: int) -> Callable[[Ba
     model = library.parallel.DistributedModelParallel(
         net, device=torch.device("cpu"), plan=types.ShardingPlan({path: plan}), sharders=sharders
     )
-    owned = set(dict(model.fused_optimizer.params))
+    return train(library, model, set(dict(model.fused_optimizer.params)))
+
+
+def make_bags(library: Library, device: torch.device, most_rows: int = MOST_ROWS) -> Any:
+    """Make the tables, their rule to be run in backward."""
+    torch.manual_seed(0)
+    tables = [
+        library.tables.EmbeddingBagConfig(
+            num_embeddings=min(rows, most_rows),
+            embedding_dim=WIDTH,
+            name=name,
+            feature_names=[name],
+        )
+        for name, rows in zip(NAMES, CARDINALITIES, strict=True)
+    ]
+    bags = library.tables.EmbeddingBagCollection(tables, device=device)
+    library.optim.apply_optimizer_in_backward(
+        library.row_wise_adagrad, bags.parameters(), {"lr": 0.01, "eps": 1e-8}
+    )
+    return bags
+
+
+def train(library: Library, model: nn.Module, owned: set[str]) -> Callable[[Batch], float]:
+    """Give a training step; SGD steps the parameters that are not `owned` by another optimizer."""
     dense = [p for name, p in model.named_parameters() if name not in owned]
     optimizer = torch.optim.SGD(dense, lr=0.01)
     loss_of = nn.BCEWithLogitsLoss()
@@ -158,10 +173,11 @@ def builder(library: Library, placement: str, table: int, world_size: int) -> An
     return getattr(make, placement)()
 
 
-def draw(batch: int, seed: int) -> Batch:
+def draw(batch: int, seed: int, most_rows: int = MOST_ROWS) -> Batch:
     """Draw a batch: one uniform id of each table."""
     generator = torch.Generator().manual_seed(seed)
-    columns = [torch.randint(0, rows, (batch,), generator=generator) for rows in CARDINALITIES]
+    sizes = [min(rows, most_rows) for rows in CARDINALITIES]
+    columns = [torch.randint(0, rows, (batch,), generator=generator) for rows in sizes]
     numbers = torch.rand(batch, NUM_DENSE, generator=generator)
     labels = torch.randint(0, 2, (batch,), generator=generator).float()
     return numbers, torch.stack(columns).int(), labels

@@ -3,10 +3,10 @@
 At width 64, fp32, row-wise Adagrad and 26 x 300,000 rows: batch 2,048 and 8,192, pooling 1 and 20,
 uniform and Zipf 1.05. Then one factor at a time, with uniform ids, batch 2,048 x 20 and 8,192 x 1:
 widths, rows per table, 16-bit rows, rules. Fewer rows or tables where one side's weights and state
-would pass 5 GB. Adam, which FBGEMM refuses on CPU, is beside `torch.optim.SparseAdam`, as is each
-cell that FBGEMM lacks. Every cell runs with FBGEMM as shipped and with THP_MEM_ALLOC_ENABLE=1, in
-processes of their own, ours and the peer's in turn. Cells that the file has from this commit and
-machine are skipped, so that a grid that was cut short can be continued.
+would pass 5 GB. Adam, which FBGEMM refuses on CPU, is beside `torch.optim.SparseAdam`. Every cell
+runs with FBGEMM as shipped and with THP_MEM_ALLOC_ENABLE=1, in processes of their own, ours and the
+peer's in turn. Cells that the file has from this commit and machine are skipped, so that a grid
+that was cut short can be continued.
 """
 
 import multiprocessing
@@ -39,12 +39,13 @@ CELLS: list[tuple[Tables, list[Workload]]] = [
 def run(results: Results, options: Options) -> None:
     """Run every cell that is missing in the file, in processes with either kind of pages."""
     cells = [(replace(BASE, num_tables=4, rows=10_000), ONE_FACTOR)] if options.quick else CELLS
+    last = {"pass": "train", "threads": options.threads[-1]}  # measured last of a workload
     for tables, workloads in cells:
         for pages, thp in (("as shipped", "0"), ("huge", "1")):
             missing = [
                 workload
                 for workload in workloads
-                if not results.has({**vars(tables), **vars(workload), "pages": pages})
+                if not results.has({**vars(tables), **vars(workload), "pages": pages, **last})
             ]
             if not missing:
                 continue

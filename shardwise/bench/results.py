@@ -35,7 +35,7 @@ class Results:
         print(", ".join(f"{name} {value}" for name, value in self._place.items()))
 
     def has(self, what: Mapping[str, object]) -> bool:
-        """Whether the file has rows of `what` from this machine and commit, of an unchanged tree."""
+        """Whether the file has rows of `what` from this machine and this commit, unchanged."""
         if self._path is None or not self._path.exists() or str(self._place["commit"])[-1] == "+":
             return False
         wanted = {name: str(value) for name, value in {**what, **self._place}.items()}
@@ -59,15 +59,20 @@ class Results:
                 f"  {name:24} {median:10.3f} {self._unit}  [{low:.3f}, {high:.3f}]  {ratio:6.2f}x"
             )
             spread = {"quartile1": f"{low:.4f}", "quartile3": f"{high:.4f}"}
-            spread |= {"repeats": len(each.seconds), "ratio_to_ours": f"{ratio:.3f}"}
+            spread |= {"repeats": str(len(each.seconds)), "ratio_to_ours": f"{ratio:.3f}"}
             self._keep(what, name, median, self._unit, spread)
 
     def add_rate(self, what: Mapping[str, object], times: Times, num_bytes: int) -> None:
-        """Print and keep GB/s of moving `num_bytes` in each run; of the machine, not of a contender."""
-        low, middle, high = (num_bytes / 1e9 / t for t in (times.quartiles[1], times.median, times.quartiles[0]))
-        print(f"  {middle:8.1f} GB/s  " + " ".join(f"{name}={value}" for name, value in what.items()))
+        """Print and keep the GB/s of the machine, which moved `num_bytes` in each run."""
+        low, middle, high = (
+            num_bytes / 1e9 / t for t in (times.quartiles[1], times.median, times.quartiles[0])
+        )
+        print(
+            f"  {middle:8.1f} GB/s  " + " ".join(f"{name}={value}" for name, value in what.items())
+        )
         spread = {"quartile1": f"{low:.4f}", "quartile3": f"{high:.4f}"}
-        self._keep(what, "probe", middle, "GB/s", spread | {"repeats": len(times.seconds)})
+        spread["repeats"] = str(len(times.seconds))
+        self._keep(what, "probe", middle, "GB/s", spread)
 
     def add_size(self, what: Mapping[str, object], contender: str, num_bytes: int) -> None:
         """Print and keep a size in MB."""

@@ -1,4 +1,4 @@
-"""The `shardwise` command: `train` and `evaluate`, told what to do by a TOML file and options.
+"""The `shardwise` command: `train` and `evaluate` by a TOML file, and `bench`.
 
 Only what a subcommand needs is imported, once it is asked for: the packages of the `train` extra
 are not there in every installation, and torch takes a second.
@@ -14,10 +14,11 @@ from shardwise.cli.checks import ConfigError
 
 _EXTRA = ("cattrs", "polars", "tensorboard", "tqdm", "tyro")
 
-_ABOUT = "Train and evaluate recommender models."
+_ABOUT = "Train, evaluate and measure recommender models."
 _COMMANDS = """commands:
   train CONFIG.toml [options]                    train a model; show what it gains on held-out data
   evaluate CONFIG.toml --checkpoint DIR          judge a saved model on the same held-out data
+  bench [NAME ...] [options]                     measure operators, modules, steps, beside peers
 
 `shardwise COMMAND --help` explains every field of CONFIG.toml and the option that overrides it.
 """
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"shardwise {version('shardwise')}")
-    parser.add_argument("command", choices=("train", "evaluate"), help="what to do; see below")
+    parser.add_argument(
+        "command", choices=("train", "evaluate", "bench"), help="what to do; see below"
+    )
     parser.add_argument("options", nargs=argparse.REMAINDER, help="CONFIG.toml, then its overrides")
     parsed = parser.parse_args(arguments)
     try:
@@ -65,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, options: Sequence[str]) -> int:
     if command == "train":
         from shardwise.cli.train import main as run
+    elif command == "bench":
+        from shardwise.cli.bench import main as run
     else:
         from shardwise.cli.evaluate import main as run
     return run(options)

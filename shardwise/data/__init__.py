@@ -1,12 +1,12 @@
 """Batches and where they come from: random ones, Criteo's click logs, MovieLens, sequences.
 
-`samples` hands samples out. Criteo: `criteo` reads raw files (by `criteo_lines`, `criteo_fields`),
-`criteo_samples` makes features of them in memory; `criteo_npy` preprocesses whole days out of core
-(by `criteo_contiguous`, `criteo_shuffle`) for `criteo_batches`. MovieLens: `movielens` reads an
-edition, `movielens_rows` gives the large ones row by row, `movielens_samples` makes features (by
-`movielens_past` and `earlier`, which keep the future out), `movielens_baselines` says what a model
-must beat. `sequences` orders what each user took, `sequence_samples` makes samples of it. Only
-reading a text file needs polars.
+`samples` hands samples out, `position` says what a saved position counts in. Criteo: `criteo` reads
+raw files (by `criteo_lines`, `criteo_fields`), `criteo_samples` makes features of them in memory;
+`criteo_npy` preprocesses whole days out of core (by `criteo_contiguous`, `criteo_shuffle`) for
+`criteo_batches`. MovieLens: `movielens` reads an edition, `movielens_rows` gives the large ones row
+by row, `movielens_samples` makes features (by `movielens_past` and `earlier`, which keep the future
+out), `movielens_baselines` says what a model must beat. `sequences` orders what each user took,
+`sequence_samples` makes samples of it. Only reading a text file needs polars.
 """
 
 from shardwise.data.batch import Batch

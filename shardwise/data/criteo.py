@@ -10,6 +10,7 @@ Source: Criteo's display advertising challenge (Kaggle, 2014) and terabyte click
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,9 @@ from shardwise.data.criteo_fields import (
     parse_lines,
     split_faulty,
 )
-from shardwise.data.criteo_lines import Block, read_blocks
+from shardwise.data.criteo_lines import Block, Place, read_blocks
 from shardwise.data.folders import find_file
+from shardwise.data.position import check_units
 
 FETCH = (
     "get the click logs from https://ailab.criteo.com/ressources/ (the Kaggle set's train.txt, or "
@@ -33,6 +35,9 @@ FETCH = (
 
 Fields = list[str]
 
+_START = (0, Place())
+"""Number of a file, place in it."""
+
 _ROW_NAMES = [DEFAULT_LABEL_NAME, *DEFAULT_INT_NAMES, *DEFAULT_CAT_NAMES]
 
 
@@ -40,7 +45,9 @@ class CriteoReader:
     """The rows of some files, in blocks of columns.
 
     Iterating again reads again. Under `DataLoader(reader, batch_size=None)` workers share the
-    blocks out.
+    blocks out. `state_dict` gives the position, in bytes and lines; going on from there does not
+    read again what came before, but a gzipped file is unpacked up to it. It moves where
+    files are read: under such workers, in their copies only.
 
     Args:
         paths: The files, one after the other; those ending in `.gz` are unpacked on the way.
@@ -80,6 +87,7 @@ class CriteoReader:
         self.max_line_bytes = max_line_bytes
         self.num_skipped = 0
         self.first_skipped = ""
+        self._begin = self._next = _START
 
     def __iter__(self) -> Iterator[CriteoRows]:
         """Give the rows of one block after the other.
@@ -91,19 +99,49 @@ class CriteoReader:
 
     def blocks(self) -> Iterator[tuple[bytes, CriteoRows]]:
         """Give the good lines of one block after the other, as text and as columns."""
+        self._next, self._begin = self._begin, _START
+        if self._next == _START:
+            self.num_skipped, self.first_skipped = 0, ""
+        return self._blocks(*self._next)
+
+    def _blocks(self, first: int, start: Place) -> Iterator[tuple[bytes, CriteoRows]]:
         worker = get_worker_info()
         share, num_shares = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        self.num_skipped, self.first_skipped, number = 0, "", 0
-        for path in self.paths:
+        number = 0
+        for file, path in enumerate(self.paths[first:], first):
             for block in read_blocks(
-                path, block_bytes=self.block_bytes, max_line_bytes=self.max_line_bytes
+                path,
+                block_bytes=self.block_bytes,
+                max_line_bytes=self.max_line_bytes,
+                start=start if file == first else Place(),
             ):
                 number += 1
                 if number % num_shares != share:
                     continue
                 text, rows = self._parse(path, block)
+                self._next = (file, block.end)
                 if len(rows):
                     yield text, rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the position in the latest iteration, and what was skipped up to it."""
+        file, place = self._next
+        skipped = {"num_skipped": self.num_skipped, "first_skipped": self.first_skipped}
+        return self._units() | skipped | {"file": file, "byte": place.byte, "line": place.line}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration begin at a position; the ones after it begin at the start.
+
+        Raises:
+            ValueError: It was saved with other files, or blocks of another size.
+        """
+        check_units("CriteoReader", state, self._units())
+        self._begin = self._next = (state["file"], Place(state["byte"], state["line"]))
+        self.num_skipped, self.first_skipped = state["num_skipped"], state["first_skipped"]
+
+    def _units(self) -> dict[str, Any]:
+        sizes = {"block_bytes": self.block_bytes, "has_labels": self.has_labels}
+        return {"files": [path.name for path in self.paths]} | sizes
 
     def _parse(self, path: Path, block: Block) -> tuple[bytes, CriteoRows]:
         rows = None if block.fault else parse_lines(block.text, has_labels=self.has_labels)
@@ -161,15 +199,38 @@ class CriteoRowDataset(IterableDataset[Any]):
         super().__init__()
         self.reader = reader
         self.row_mapper = row_mapper
+        self._position: dict[str, Any] = {}
+        self._passed = 0
 
     def __iter__(self) -> Iterator[Any]:
         """Read the files from the start."""
-        for text, rows in self.reader.blocks():
-            if self.row_mapper is row_to_dict:
-                yield from _dicts(rows)
-            else:
-                fields = (line.split("\t") for line in text.decode("ascii").split("\n")[:-1])
-                yield from fields if self.row_mapper is None else map(self.row_mapper, fields)
+        passed, self._passed = self._passed, 0
+        blocks = self.reader.blocks()
+        before = self.reader.state_dict()
+        for text, rows in blocks:
+            for number, row in enumerate(islice(self._map(text, rows), passed, None), passed + 1):
+                self._position = before | {"row": number}
+                yield row
+            before, passed = self.reader.state_dict(), 0
+
+    def _map(self, text: bytes, rows: CriteoRows) -> Iterator[Any]:
+        if self.row_mapper is row_to_dict:
+            return _dicts(rows)
+        fields = (line.split("\t") for line in text.decode("ascii").split("\n")[:-1])
+        return fields if self.row_mapper is None else map(self.row_mapper, fields)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the position in the latest iteration: that of a block and how many of its rows."""
+        return self._position or self.reader.state_dict() | {"row": 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration begin at a position; the ones after it begin at the start.
+
+        Raises:
+            ValueError: It was saved with other files, or blocks of another size.
+        """
+        self.reader.load_state_dict(state)
+        self._position, self._passed = state, state["row"]
 
 
 def _dicts(rows: CriteoRows) -> Iterator[dict[str, int]]:

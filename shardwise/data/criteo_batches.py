@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from shardwise.data.batch import Batch
 from shardwise.data.criteo_fields import DEFAULT_CAT_NAMES
 from shardwise.data.criteo_paths import PATH_MANAGER_KEY, check_path_manager
 from shardwise.data.npy import open_matrix
+from shardwise.data.position import check_units
 from shardwise.jagged import KeyedJaggedTensor
 
 _STAGES = ("train", "val", "test")
@@ -24,6 +26,10 @@ class InMemoryBinaryCriteoIterDataPipe(IterableDataset[Batch]):
     every row once and each has as many batches as the others. What is left for the last
     round is shared evenly; ranks for which that leaves no row get an empty batch. Every iteration
     gives the same batches. Under `DataLoader(pipe, batch_size=None)` workers share them out.
+
+    `state_dict` gives the position, which counts the rows that all ranks together were given, so
+    that the next iteration of a pipe with another batch size or number of ranks can go on from it.
+    It moves where batches are made: under a `DataLoader` with workers, in their copies only.
 
     Args:
         stage: "train" takes all rows of all files. "val" and "test" take the halves of the one file
@@ -87,22 +93,49 @@ class InMemoryBinaryCriteoIterDataPipe(IterableDataset[Batch]):
         self._order = None
         if shuffle_training_set and stage == "train":
             self._order = np.random.default_rng(self.seed).permutation(self._num_rows)
-        self._loaded = None if mmap_mode else [self._read(number) for number in range(len(self))]
+        self._begin = self._next_row = 0
+        self._loaded: dict[int, list[np.ndarray]] = {}  # by the first row of their round
+        if not mmap_mode:
+            firsts = self._rounds(0)
+            self._loaded = {first: self._read(first) for first in firsts}
 
     def __len__(self) -> int:
         """Give the number of batches, alike on all ranks."""
-        rows_per_round = self.batch_size * self.world_size
-        is_cut = not self.drop_last and self._num_rows % rows_per_round > 0
-        return self._num_rows // rows_per_round + is_cut
+        return len(self._rounds(0))
 
     def __iter__(self) -> Iterator[Batch]:
         """Give this rank's batches, or this worker's share of them."""
         worker = get_worker_info()
         share, num_shares = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for number in range(share, len(self), num_shares):
-            yield self._to_batch(
-                self._read(number) if self._loaded is None else self._loaded[number]
-            )
+        rounds, self._begin = self._rounds(self._begin), 0
+        for first in rounds[share::num_shares]:
+            self._next_row = min(first + rounds.step, self._num_rows)
+            parts = self._loaded.get(first)
+            yield self._to_batch(self._read(first) if parts is None else parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the position in the latest iteration, and what it counts in."""
+        return self._units() | {"next_row": self._next_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration begin at a position; the ones after it begin at the start.
+
+        Raises:
+            ValueError: It was saved with other rows, or in another order of them.
+        """
+        check_units(type(self).__name__, state, self._units())
+        self._begin = self._next_row = state["next_row"]
+
+    def _units(self) -> dict[str, Any]:
+        shuffled = self._order is not None
+        seed = self.seed if shuffled or self.shuffle_batches else None
+        return {"stage": self.stage, "num_rows": self._num_rows, "shuffled": shuffled, "seed": seed}
+
+    def _rounds(self, begin: int) -> range:
+        """Give the first row of each round from here on."""
+        rows_per_round = self.batch_size * self.world_size
+        short = rows_per_round - 1 if self.drop_last else 0
+        return range(begin, max(self._num_rows - short, begin), rows_per_round)
 
     def _rows_of_stage(self) -> tuple[int, int]:
         """Give the first row and the number of rows, counted over all files."""
@@ -110,9 +143,8 @@ class InMemoryBinaryCriteoIterDataPipe(IterableDataset[Batch]):
         half = -(-total // 2)
         return {"train": (0, total), "val": (0, half), "test": (half, total - half)}[self.stage]
 
-    def _rows_of_batch(self, number: int) -> Int64[np.ndarray, " batch"]:
-        """Give the rows of this rank in one round."""
-        first = number * self.batch_size * self.world_size
+    def _rows_of_batch(self, first: int) -> Int64[np.ndarray, " batch"]:
+        """Give the rows of this rank in the round that begins with this one."""
         size, more = self.batch_size, 0
         if self._num_rows - first < size * self.world_size:
             size, more = divmod(self._num_rows - first, self.world_size)
@@ -120,12 +152,12 @@ class InMemoryBinaryCriteoIterDataPipe(IterableDataset[Batch]):
         positions = np.arange(start, start + size + (self.rank < more))
         rows = positions if self._order is None else self._order[positions]
         if self.shuffle_batches:
-            rows = np.random.default_rng([self.seed, number, self.rank]).permutation(rows)
+            rows = np.random.default_rng([self.seed, first, self.rank]).permutation(rows)
         return np.asarray(rows + self._first_row)
 
-    def _read(self, number: int) -> list[np.ndarray]:
-        """Read the dense features, ids and labels of a batch from the files."""
-        rows = self._rows_of_batch(number)
+    def _read(self, first: int) -> list[np.ndarray]:
+        """Read the dense features, ids and labels of a round's batch from the files."""
+        rows = self._rows_of_batch(first)
         starts = np.cumsum([0] + [len(dense) for dense, _, _ in self._files])
         parts = [np.empty((len(rows), part.shape[1]), part.dtype) for part in self._files[0]]
         for file, start, stop in zip(self._files, starts, starts[1:], strict=False):

@@ -8,6 +8,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shardwise.data.movielens import find_movielens, read_table
+from shardwise.data.position import check_units
 
 _ROWS_AT_ONCE = 2**16
 
@@ -17,7 +18,8 @@ class MovieLensRows(IterableDataset[dict[str, Any]]):
 
     A row has `userId`, `movieId`, `rating` and `timestamp`; with movies, also `title` and `genres`
     (as written, separated by a bar). Columns are held in memory. Under
-    `DataLoader(rows, batch_size=None)` workers share the rows out.
+    `DataLoader(rows, batch_size=None)` workers share the rows out. `state_dict` gives the position,
+    which moves where rows are handed out: under such workers, in their copies only.
 
     Args:
         root: The folder of the edition; by default it is looked for as `find_movielens` says.
@@ -38,6 +40,7 @@ class MovieLensRows(IterableDataset[dict[str, Any]]):
         self.columns = read_table(folder, "ratings")
         if include_movies_data:
             self.columns |= _movies_of(self.columns["movieId"], folder)
+        self._begin = self._next_row = 0
 
     def __len__(self) -> int:
         """Give the number of ratings."""
@@ -47,11 +50,26 @@ class MovieLensRows(IterableDataset[dict[str, Any]]):
         """Give the rows, or this worker's share of them."""
         worker = get_worker_info()
         share, num_shares = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for start in range(share * _ROWS_AT_ONCE, len(self), num_shares * _ROWS_AT_ONCE):
+        begin, self._begin = self._begin + share * _ROWS_AT_ONCE, 0
+        for start in range(begin, len(self), num_shares * _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
             columns = [column[part].tolist() for column in self.columns.values()]
-            for row in zip(*columns, strict=True):
+            for number, row in enumerate(zip(*columns, strict=True), start + 1):
+                self._next_row = number
                 yield dict(zip(self.columns, row, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the position in the latest iteration, and what it counts in."""
+        return {"num_rows": len(self), "next_row": self._next_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration begin at a position; the ones after it begin at the start.
+
+        Raises:
+            ValueError: It was saved with another number of rows.
+        """
+        check_units("MovieLensRows", state, {"num_rows": len(self)})
+        self._begin = self._next_row = state["next_row"]
 
 
 def _movies_of(rated: np.ndarray, folder: Path) -> dict[str, np.ndarray]:

@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shardwise.data.batch import Batch
+from shardwise.data.position import check_units
 from shardwise.jagged import KeyedJaggedTensor
 
 
@@ -20,6 +22,11 @@ class RandomRecDataset(IterableDataset[Batch]):
     Use it as it is or under `DataLoader(dataset, batch_size=None)`. Workers share the batches out:
     together they give the same sequence as one process. Only of fresh batches (below) each
     worker draws its own sequence.
+
+    `state_dict` gives the position and the state of the generator, so that another data set goes on
+    with the same batches, also where no seed was given. It moves where batches are handed out:
+    under a `DataLoader` with workers, in their copies only. Ranks that draw from seeds of their own
+    save one each; those that a resumed run has more begin with a new seed: nothing can be lost.
 
     Args:
         keys: Names of the sparse features.
@@ -85,6 +92,7 @@ class RandomRecDataset(IterableDataset[Batch]):
             self._generator.seed()
         else:
             self._generator.manual_seed(manual_seed)
+        self._begin = self._next_batch = 0
         self._batches = [self._draw() for _ in range(num_generated_batches)]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -96,8 +104,38 @@ class RandomRecDataset(IterableDataset[Batch]):
             seed = self._generator.initial_seed() + worker.id if self._is_seeded else worker.seed
             self._generator.manual_seed(seed)
         numbers = itertools.count() if self.num_batches is None else range(self.num_batches)
-        for number in itertools.islice(numbers, first, None, step):
-            yield self._batches[number % len(self._batches)] if self._batches else self._draw()
+        begin, self._begin = self._begin, 0
+        for number in itertools.islice(numbers, begin + first, None, step):
+            batch = self._batches[number % len(self._batches)] if self._batches else self._draw()
+            self._next_batch = number + 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the position in the latest iteration, and what is drawn from there on."""
+        generator = self._generator
+        position = {"next_batch": self._next_batch, "generator": generator.get_state()}
+        return self._units() | position | {"seed": generator.initial_seed()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration begin at a position; the ones after it begin at the start.
+
+        Raises:
+            ValueError: It was saved with other settings, or another seed than is given here.
+        """
+        units = self._units()
+        if self._is_seeded:
+            units["seed"] = self._generator.initial_seed()
+        check_units("RandomRecDataset", state, units)
+        if state["seed"] != self._generator.initial_seed():
+            self._generator.manual_seed(state["seed"])
+            self._batches = [self._draw() for _ in self._batches]
+        self._generator.set_state(state["generator"].clone())
+        self._begin = self._next_batch = state["next_batch"]
+
+    def _units(self) -> dict[str, Any]:
+        ids = [list(sizes) for sizes in (self.hash_sizes, self.min_ids, self.max_ids)]
+        sizes = {"batch_size": self.batch_size, "num_dense": self.num_dense}
+        return sizes | {"num_generated_batches": len(self._batches), "ids": ids}
 
     def __len__(self) -> int:
         """Give the number of batches per iteration.

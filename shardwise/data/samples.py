@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from shardwise.data.batch import Batch
+from shardwise.data.position import check_units
 from shardwise.jagged import KeyedJaggedTensor
 
 
@@ -83,7 +84,8 @@ class SampleLoader(Generic[BatchT]):
 
     The order of an epoch follows from (seed, epoch) alone. An iteration that is broken off goes on
     where it stopped, in this loader or, by way of `state_dict`, in another one. The position
-    counts batches handed out: whoever fetches ahead must save it as of the batch in work.
+    counts batches handed out, after the last of an epoch in the next one: whoever fetches ahead
+    must save it as of the batch in work.
 
     Where several ranks train, each has a loader that hands out its share of every batch, a
     stretch of it; shares differ by one sample at most. All together are the batches of a single
@@ -132,15 +134,14 @@ class SampleLoader(Generic[BatchT]):
 
     def __iter__(self) -> Iterator[BatchT]:
         """Give this rank's share of the batches left in the epoch; then comes the next epoch."""
-        order = self._order()
-        while self._next_batch < len(self):
-            start = self._next_batch * self.batch_size
-            self._next_batch += 1
+        order, num_batches = self._order(), len(self)
+        for number in range(self._next_batch, num_batches):
+            start = number * self.batch_size
+            over, self._next_batch = divmod(number + 1, num_batches)
+            self.epoch += over
             shares = order[start : start + self.batch_size].tensor_split(self.num_ranks)
             self._shares = [len(share) for share in shares]
             yield self.samples.select(shares[self.rank]).batch()
-        self.epoch += 1
-        self._next_batch = 0
 
     @property
     def shares(self) -> list[int]:
@@ -163,12 +164,7 @@ class SampleLoader(Generic[BatchT]):
         Raises:
             ValueError: It was saved by a loader of other samples, batch size or shuffling.
         """
-        for name, here in self._units().items():
-            if state[name] != here:
-                raise ValueError(
-                    f"SampleLoader: the position was saved with {name} {state[name]}, this loader "
-                    f"has {here}; the batches to come would not be the same"
-                )
+        check_units("SampleLoader", state, self._units())
         self.epoch, self._next_batch = state["epoch"], state["next_batch"]
 
     def _units(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 #include "inputs.h"
 
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -64,15 +65,26 @@ void Inputs::read_bags(const Tensor& bags, int64_t num_inputs) {
     equal.assign(num_inputs, num_inputs == 0 ? 0 : num_bags_ / num_inputs);
     counts = equal.data();
   }
-  runs_.resize(num_inputs_ * num_sources_);
+  runs_.reserve(num_inputs_ * num_sources_);
+  // Bags lie source by source, but are read input by input: there may be thousands of sources.
+  std::vector<int64_t> next(num_sources_ + 1);
   int64_t bag = 0;
-  for (int64_t s = 0; s < num_sources_; ++s) {
-    for (int64_t k = 0; k < num_inputs_; ++k) {
-      const int64_t count = counts[k * num_sources_ + s];
+  for (int64_t k = 0; k < num_inputs_; ++k) {
+    for (int64_t s = 0; s < num_sources_; ++s) {
+      const int64_t count = *counts++;
       if (count < 0) fail("bags must not be negative");
       if (count > num_bags_ - bag) fail("bags name more bags than there are offsets");
-      runs_[k * num_sources_ + s] = {bag, count};
       bag += count;
+      next[s + 1] += count;
+      runs_.push_back({0, count});
+    }
+  }
+  std::partial_sum(next.begin(), next.end(), next.begin());
+  for (int64_t k = 0; k < num_inputs_; ++k) {
+    for (int64_t s = 0; s < num_sources_; ++s) {
+      Run& run = runs_[k * num_sources_ + s];
+      run.first_bag = next[s];
+      next[s] += run.num_bags;
     }
   }
   if (bag != num_bags_) fail("bags name " + str(bag) + " of " + str(num_bags_) + " bags");

@@ -1,6 +1,7 @@
 #include "stripes.h"
 
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -234,20 +235,35 @@ void Stripes::place_blocks(int64_t rows) {
   const std::vector<const Stripe*> blocks = number_blocks();
   const int64_t num_sources = inputs_->num_sources();
   num_blocks_ = static_cast<int64_t>(blocks.size());
-  starts_.reserve(num_sources * num_blocks_);
-  int64_t start = 0, covered = 0;
-  for (int64_t s = 0; s < num_sources; ++s) {
-    for (const Stripe* block : blocks) {
-      const int64_t own = num_rows(*block, s);
-      if (columns_ && own != rows) {
-        fail("feature " + str(block->feature) + " has " + str(own) + " rows, not " + str(rows));
+  // Rows lie source by source, and are counted block by block: there may be thousands of sources.
+  std::vector<int64_t> next(num_sources + 1);
+  const auto size = [&](const Stripe& block, int64_t s) {
+    return columns_ ? block.feature_width : num_rows(block, s) * block.feature_width;
+  };
+  for (const Stripe* block : blocks) {
+    for (int64_t s = 0; s < num_sources; ++s) {
+      next[s + 1] += size(*block, s);
+      if (columns_ && num_rows(*block, s) != rows) {
+        fail("feature " + str(block->feature) + " has " + str(num_rows(*block, s)) +
+             " rows, not " + str(rows));
       }
-      starts_.push_back(start);
-      start += columns_ ? block->feature_width : own * block->feature_width;
     }
-    for (const Stripe& stripe : stripes_) covered += num_rows(stripe, s) * stripe.width;
   }
-  if (start > (columns_ ? width_ : rows * width_)) fail("the features do not fit in the output");
+  std::partial_sum(next.begin(), next.end(), next.begin());
+  if (next.back() > (columns_ ? width_ : rows * width_)) {
+    fail("the features do not fit in the output");
+  }
+  starts_.reserve(num_blocks_ * num_sources);
+  for (const Stripe* block : blocks) {
+    for (int64_t s = 0; s < num_sources; ++s) {
+      starts_.push_back(next[s]);
+      next[s] += size(*block, s);
+    }
+  }
+  int64_t covered = 0;
+  for (const Stripe& stripe : stripes_) {
+    for (int64_t s = 0; s < num_sources; ++s) covered += num_rows(stripe, s) * stripe.width;
+  }
   fills_output_ = covered == rows * width_;
 }
 

@@ -95,7 +95,7 @@ class Stripes {
       const int64_t* source = inputs_->offsets() + inputs_->run(split.key, s).first_bag;
       const int64_t* ids = source + (first - before[s]);
       const int64_t row = stripe.pooling == Pooling::kNone ? *ids - *source : first - before[s];
-      const int64_t start = starts_[s * num_blocks_ + stripe.block];
+      const int64_t start = starts_[stripe.block * num_sources + s];
       body(Bags{last - first, ids, entry_offsets_ + split.first_bag + first,
                 start + stripe.column + row * stride(stripe)});
       first = last;
@@ -127,7 +127,7 @@ class Stripes {
   std::vector<Split> splits_;
   std::vector<int32_t> counts_;  // vectors of each slot of each split
   std::vector<Stripe> stripes_;
-  std::vector<int64_t> starts_;  // [source][block], elements of the output
+  std::vector<int64_t> starts_;  // [block][source], elements of the output
   int64_t num_blocks_ = 0, width_ = 0;
   bool fills_output_ = false;
 };

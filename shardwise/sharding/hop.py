@@ -303,6 +303,8 @@ def _num_vectors(counts: Tensor) -> Tensor:
 
 def _interleave(owned: Tensor, relayed: Tensor, trip: Trip) -> Tensor:
     """Lay each source's vectors from here and from the second hop side by side."""
+    if not owned.numel() or not relayed.numel():  # where every table is relayed, or none
+        return relayed if relayed.numel() else owned
     pairs = zip(
         owned.split(trip.owned_sizes.tolist()),
         relayed.split(trip.relayed_sizes.tolist()),
@@ -313,6 +315,9 @@ def _interleave(owned: Tensor, relayed: Tensor, trip: Trip) -> Tensor:
 
 def _part(both: Tensor, trip: Trip) -> tuple[Tensor, Tensor]:
     """Undo `_interleave`."""
-    sizes = torch.stack([trip.owned_sizes, trip.relayed_sizes], 1).flatten().tolist()
-    pieces = both.split(sizes)
+    sizes = torch.stack([trip.owned_sizes, trip.relayed_sizes], 1)
+    num_owned, num_relayed = sizes.sum(0).tolist()
+    if not num_owned or not num_relayed:
+        return both[:num_owned], both[num_owned:]
+    pieces = both.split(sizes.flatten().tolist())
     return torch.cat(pieces[::2]), torch.cat(pieces[1::2])

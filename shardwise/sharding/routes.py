@@ -74,7 +74,7 @@ class Slots(NamedTuple):
 
     holders: Sequence[Holders]
     chosen: Sequence[int]  # of the holders, the rank that this one sends to
-    blocks: Ints  # [row blocks, 3]: end row, slot, base
+    blocks: Ints  # [blocks, 3]: end row, slot, base; of row blocks that differ in these
     num_rows: int  # of the largest slot, the same seen from every rank
 
 
@@ -107,7 +107,9 @@ class Route(NamedTuple):
             blocks.append((end, slots[host], first - rows[host].starts[block]))
         members = [ranks.hosts[host] for host in rows]
         chosen = [host[ranks.number_on_host % len(host)] for host in members]
-        return Slots(members, chosen, np.array(blocks), max(r.num_rows for r in rows.values()))
+        table = np.array(blocks)
+        ends_run = np.append((table[1:, 1:] != table[:-1, 1:]).any(1), True)
+        return Slots(members, chosen, table[ends_run], max(r.num_rows for r in rows.values()))
 
     def rows_by_host(self, ranks: Ranks) -> dict[int, "HostRows"]:
         """Number the rows that each host holds."""

@@ -5,8 +5,8 @@ torch's `fake` process group stands for the others. 200 tables of 100,000 rows o
 up: from each of them what this rank sends itself, which is of the expected size, and zeros for
 vectors. Shown are the time of `shard`, the time of a training step (row-wise Adagrad in backward)
 without the lookups and updates themselves, which depend on what a rank holds and not on how many
-ranks there are, and without making messages up, and the peak of this process's memory. Rows of results go to
-benchmarks/results/scale.csv.
+ranks there are, and without making messages up, and the peak of this process's memory. Rows of
+results go to benchmarks/results/scale.csv.
 """
 
 import argparse

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from shardwise.checkpoint import find_checkpoint, load_tensors, read_state
+from shardwise.checkpoint import find_checkpoint, load_checkpoint, read_values
 from shardwise.cli.checks import ConfigError
 from shardwise.cli.config import Config, EvaluateConfig
 from shardwise.cli.problem import compare
 from shardwise.cli.ranks import Ranks
 from shardwise.cli.recipe import build_model, load_problem
 from shardwise.cli.settings import read_options
-from shardwise.cli.trainer import check_config, model_tensors
+from shardwise.cli.trainer import check_config
 
 _ABOUT = (
     "Judge the model of a checkpoint on the samples held out, beside simple predictions. The "
@@ -25,13 +25,13 @@ def main(options: Sequence[str]) -> int:
     if not config.checkpoint:
         raise ConfigError("no checkpoint is named; add --checkpoint and the folder of one")
     path = find_checkpoint(Path(config.checkpoint))
-    state = read_state(path)
+    state = read_values(path)
     check_config(path, state, asdict(config), ("data", "model"))
     problem = load_problem(config.data)
     model = build_model(config.model, problem)
     # Of a run with train.patience the best epoch's model counts, not the last one's.
-    prefix = "" if state["best"] is None else "best."
-    load_tensors(path, {prefix + name: t for name, t in model_tensors(model).items()})
+    name = "model" if state["best"] is None else "best_weights"
+    load_checkpoint(path, {name: model.state_dict()})
     print(f"{path}, {compare(problem.judge(model, problem.test, Ranks()), problem)}")
     return 0
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from shardwise.checkpoint import (
+    Checkpoints,
+    PerRank,
+    RandomState,
     find_checkpoint,
-    load_tensors,
-    read_state,
-    read_tensors,
-    save_checkpoint,
+    read_values,
 )
 from shardwise.cli.config import Config
 from shardwise.cli.placing import make_plan
@@ -199,27 +200,12 @@ class Trainer:
         """Go back to the weights of the best epoch, where they were kept."""
         if self.best is not None:
             with torch.no_grad():
-                for name, tensor in model_tensors(self.model).items():
+                for name, tensor in self.model.state_dict().items():
                     tensor.copy_(self._best_weights[name])
 
     def save(self) -> Path:
         """Write a checkpoint to the folder that the config names."""
-        state = {
-            "config": asdict(self.config),
-            "position": self.loader.state_dict(),
-            "num_steps": self.num_steps,
-            "best": self.best,
-            "epochs_since_best": self._epochs_since_best,
-        }
-        config = self.config.checkpoint
-        return save_checkpoint(
-            Path(config.folder),
-            self.num_steps,
-            self._tensors(),
-            state,
-            keep=config.keep,
-            wire=self.ranks.wire,
-        )
+        return self.checkpoints.save(self.num_steps, self._state()).result()
 
     def resume(self) -> Path:
         """Go on from the latest checkpoint in the folder that the config names.
@@ -229,53 +215,40 @@ class Trainer:
             ValueError: It is damaged, or of another model, other data or another way to train.
         """
         path = find_checkpoint(Path(self.config.checkpoint.folder))
-        state = read_state(path)
-        check_config(path, state, asdict(self.config), ("data", "model", "train"))
-        self.optimizer.init_state()
-        load_tensors(path, self._weights_and_state())
-        metrics = read_tensors(path, "metrics.")
-        self.metrics.load_state_dict({n.removeprefix("metrics."): t for n, t in metrics.items()})
-        if state["best"] is not None:
+        values = read_values(path)
+        check_config(path, values, asdict(self.config), ("data", "model", "train"))
+        if values["best"] is not None:
             self._best_weights = self._copy_weights()
-            load_tensors(path, _named("best.", self._best_weights))
-        random = read_tensors(path, "random")["random"]
-        if self.ranks.rank < len(random):  # others draw on from their start
-            torch.set_rng_state(random[self.ranks.rank].clone())  # a view makes torch 2.13 crash
-        self.optimizer.post_load_state_dict()
-        self.loader.load_state_dict(state["position"])
-        self.num_steps = state["num_steps"]
-        self.best, self._epochs_since_best = state["best"], state["epochs_since_best"]
+        state = self._state()
+        self.checkpoints.load({name: state[name] for name in state.keys() - values.keys()})
+        self.loader.load_state_dict(values["position"])
+        self.num_steps = values["num_steps"]
+        self.best, self._epochs_since_best = values["best"], values["epochs_since_best"]
         return path
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Name every tensor of the run."""
-        metrics, best = self.metrics.state_dict(), self._best_weights
-        ones, own = [1] * self.ranks.count, torch.get_rng_state()
-        random = {"random": self.ranks.gather(own[None], ones, "states of generators")}
-        return (
-            self._weights_and_state() | _named("metrics.", metrics) | _named("best.", best) | random
-        )
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of the run; every rank must ask for them first at the same point."""
+        config = self.config.checkpoint
+        return Checkpoints(config.folder, keep=config.keep)
+
+    def _state(self) -> dict[str, Any]:
+        """Name all that goes to a checkpoint."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "metrics": self.metrics,
+            "best_weights": self._best_weights,
+            "random": PerRank(RandomState()),
+            "config": asdict(self.config),
+            "position": self.loader.state_dict(),
+            "num_steps": self.num_steps,
+            "best": self.best,
+            "epochs_since_best": self._epochs_since_best,
+        }
 
     def _copy_weights(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in model_tensors(self.model).items()}
-
-    def _weights_and_state(self) -> dict[str, Tensor]:
-        """Name the tensors of the model and of the optimizer; they are their own, not copies."""
-        optimizer = {
-            f"optimizer.state.{parameter}.{name}": tensor
-            for parameter, state in self.optimizer.state_dict()["state"].items()
-            for name, tensor in state.items()
-        }
-        return model_tensors(self.model) | optimizer
-
-
-def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Name a model's tensors as a checkpoint does."""
-    return _named("model.", model.state_dict())
+        return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
 def check_config(
@@ -285,7 +258,7 @@ def check_config(
 
     Args:
         path: The checkpoint, for the message.
-        state: What `read_state` gave.
+        state: What `read_values` gave.
         config: The sections of this run's config.
         sections: Those that must agree; where the data lies, how long to train (unless rates fall)
             and on how many threads may differ.
@@ -299,7 +272,6 @@ def check_config(
     for section in sections:
         for name, here in config[section].items():
             there = state["config"][section].get(name, here)
-            here = list(here) if isinstance(here, tuple) else here
             if f"{section}.{name}" not in may_differ and there != here:
                 raise ValueError(
                     f"checkpoint {path}: it was saved with {section}.{name} {there!r}, this run "

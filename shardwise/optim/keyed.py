@@ -13,11 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from shardwise.optim.slices import owner_of
+
 
 class KeyedOptimizer(torch.optim.Optimizer):
     """An optimizer whose state dict has the names of parameters as keys.
 
-    The state dict is `{"state": {name: {key: value}}}`, and with `save_param_groups(True)` also
+    The state dict is `{"state": {name: {key: value}}}`, of a table in slices with its name and
+    values of the whole, and with `save_param_groups(True)` also
     `"param_groups"`, where `"params"` is the sorted names. Its tensors are the optimizer's own, not
     copies, and a load copies into them. Hooks on saving and loading are not run.
 
@@ -72,9 +75,8 @@ class KeyedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Give the state by parameter name; the tensors are shared with the optimizer."""
         names = self._names()
-        result: dict[str, Any] = {
-            "state": {names[param]: dict(values) for param, values in self.state.items()}
-        }
+        states = {name: dict(values) for name, values in self._logical_states()}
+        result: dict[str, Any] = {"state": states}
         if self._saves_param_groups:
             result["param_groups"] = [
                 {"params": _group_names(names, group), **copy.deepcopy(_options(group))}
@@ -91,7 +93,8 @@ class KeyedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: Something is missing, unknown, or of another shape or kind.
         """
-        pairs = [*self._paired_states(state_dict)]
+        states = dict(self._logical_states())
+        pairs = [*self._paired_states(states, state_dict)]
         if self._saves_param_groups:
             pairs += self._paired_groups(state_dict)
         for owner, current, given in pairs:
@@ -99,6 +102,8 @@ class KeyedOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for _, current, given in pairs:
                 _copy_values(current, given)
+            for name, values in states.items():
+                self._spread(name, values)
         self.post_load_state_dict()
 
     def post_load_state_dict(self) -> None:
@@ -158,9 +163,40 @@ class KeyedOptimizer(torch.optim.Optimizer):
             names[param] = name
         return names
 
-    def _paired_states(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    def _logical_states(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Give the state of each parameter; of the slices of a table here, under one name."""
         names = self._names()
-        current = {names[param]: values for param, values in self.state.items()}
+        for param, values in self.state.items():
+            owner = owner_of(param)
+            if owner is None or owner.whole is None:
+                yield names[param], values
+            elif not _is_further_part(param):
+                logical = dict(values)
+                for key in [key for key, value in values.items() if _is_local(value)]:
+                    local = [self.state[part][key] for part in owner.parts if part in self.state]
+                    if len(local) < len(owner.parts):
+                        raise ValueError(
+                            f"parameter {names[param]!r}: of its {len(owner.parts)} slices here "
+                            f"{len(local)} have state; call init_state() before the first step"
+                        )
+                    logical[key] = owner.whole(local, values[key].shape != param.shape)
+                yield names[param], logical
+
+    def _spread(self, name: str, values: Mapping[str, Any]) -> None:
+        """Give what is no value of rows to all slices of a table here."""
+        owner = owner_of(self.params[name])
+        for part in owner.parts if owner is not None else ():
+            if part not in self.state:  # an update rule's, which has one state for all
+                continue
+            for key, value in values.items():
+                if isinstance(value, Tensor) and not value.dim():
+                    self.state[part][key].copy_(value)
+                elif not isinstance(value, Tensor):
+                    self.state[part][key] = value
+
+    def _paired_states(
+        self, current: Mapping[str, Any], state_dict: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Any, Any]]:
         given = _entry(state_dict, "state")
         is_stateless = any(name in self.params and name not in current for name in given)
         hint = "; before the first step there is no state here: call init_state()"
@@ -225,6 +261,11 @@ def _group_names(names: Mapping[Tensor, str], group: Mapping[str, Any]) -> list[
 def _is_further_part(param: Any) -> bool:
     """Whether a parameter is a slice of a table that has an earlier slice, and name, here."""
     return getattr(param, "is_further_part", False)
+
+
+def _is_local(value: Any) -> bool:
+    """Whether a value is of the rows of a slice, and not of the whole table already."""
+    return isinstance(value, Tensor) and value.dim() > 0 and not hasattr(value, "placement")
 
 
 def _check_named(names: Mapping[Tensor, str], tensors: Iterable[Any], where: str) -> None:

@@ -1,6 +1,6 @@
 """What an optimizer must know of slices: whose they are, and which parameters they replaced."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -40,12 +40,17 @@ class SliceOwner:
         is_counted: Whether this rank speaks for the slice: of its replicas, one does.
         number: The slice's, among those of its collection here.
         rows: What completes row sums; None if the rows of all tables of the collection are whole.
+        parts: All slices of the table that lie here, the first one first.
+        whole: Makes a value of the whole table from one of each part; the last argument says
+            whether it has, for each row, something other than an element per column.
     """
 
     ranks: Ranks
     is_counted: bool
     number: int = 0
     rows: WholeRows | None = None
+    parts: Sequence[Tensor] = ()
+    whole: Callable[[Sequence[Tensor], bool], Tensor] | None = None
 
 
 def own(param: torch.nn.Parameter, owner: SliceOwner) -> None:

@@ -51,14 +51,15 @@ class ManyRanks:
         """Give an update that adds up over ranks what it needs before it runs."""
         return self.exchange.at_step(update)
 
-    def whole(self, table: int, local: Sequence[Tensor]) -> SlicedTensor:
+    def whole(self, table: int, local: Sequence[Tensor], is_per_row: bool = False) -> SlicedTensor:
         """Give a value per row or element of the slices here as one of the whole table."""
         parts = [cell.part for cell in self.exchange.cells if cell.table == table]
-        blocks = [
-            Local((part.first_row, part.first_column)[: value.dim()], value)
-            for part, value in zip(parts, local, strict=True)
-        ]
-        return SlicedTensor(self.placements[table], blocks, self.wire)
+        blocks = []
+        for part, value in zip(parts, local, strict=True):
+            column = 0 if is_per_row else part.first_column
+            offsets = (part.first_row, column, *(0 for _ in value.shape[2:]))
+            blocks.append(Local(offsets[: value.dim()], value))
+        return SlicedTensor(self.placements[table], blocks, self.wire, is_per_row)
 
     def agree(self, number: int) -> int:
         """Take the number of rank 0."""

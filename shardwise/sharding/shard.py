@@ -7,6 +7,7 @@ no rank ever holds more than its slices.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
@@ -170,7 +171,12 @@ def _move(collection: TableCollection, layout: ManyRanks, device: torch.device |
     exchange = layout.exchange
     for number, (store, cell) in enumerate(zip(stores, exchange.cells, strict=True)):
         is_counted = cell.replicas[0] == layout.wire.rank
-        own(store.weight, SliceOwner(layout.wire, is_counted, number, exchange.whole_rows))
+        parts = [other.weight for other in stores if other.key == store.key]
+        join = partial(layout.whole, store.key)
+        own(
+            store.weight,
+            SliceOwner(layout.wire, is_counted, number, exchange.whole_rows, parts, join),
+        )
     keep_whole_state(collection)
     if not is_drawn:
         equalize(stores, layout.placements, layout.wire)

@@ -41,25 +41,6 @@ class Block:
         return whole
 
 
-def blocks_of(placement: Placement, dims: int) -> list[Block]:
-    """List the blocks of a value with an element (2 dims) or a row (1) per element or row."""
-    if dims == 2:
-        return [
-            Block(
-                (one.rows[0], one.columns[0]),
-                (one.rows[1] - one.rows[0], one.columns[1] - one.columns[0]),
-                one.ranks,
-            )
-            for one in placement.slices()
-        ]
-    return [
-        Block((first,), (last - first,), tuple(sorted({rank for cell in row for rank in cell})))
-        for first, last, row in zip(
-            placement.row_cuts[:-1], placement.row_cuts[1:], placement.cells, strict=True
-        )
-    ]
-
-
 @dataclass(frozen=True)
 class Local:
     """A block that lies here."""
@@ -78,28 +59,59 @@ class SlicedTensor(torch.Tensor):
         local: What lies here, at least one block, which may be empty. Row states of a table whose
             columns are cut lie here once for each block of columns.
         wire: Connects the ranks.
+        is_per_row: Whether it has, for each row, something other than an element per column.
     """
 
     placement: Placement
     local: list[Local]
     wire: Wire
+    is_per_row: bool
 
     @staticmethod
     def __new__(
-        cls: type["SlicedTensor"], placement: Placement, local: Sequence[Local], wire: Wire
+        cls: type["SlicedTensor"],
+        placement: Placement,
+        local: Sequence[Local],
+        wire: Wire,
+        is_per_row: bool = False,
     ) -> "SlicedTensor":
         """Describe a value by its blocks."""
         value = local[0].value
-        shape = (placement.num_rows, placement.num_columns)[: value.dim()]
+        is_per_row = is_per_row or value.dim() != 2
+        rest = tuple(value.shape[1:]) if is_per_row else (placement.num_columns,)
+        shape = (placement.num_rows, *rest)
         self: SlicedTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=value.dtype, device=value.device
         )
         self.placement, self.local, self.wire = placement, list(local), wire
+        self.is_per_row = is_per_row
         return self
+
+    def blocks(self) -> list[Block]:
+        """List the blocks of the whole value, on all ranks."""
+        placement, rest = self.placement, tuple(self.shape[1:])
+        if not self.is_per_row:
+            return [
+                Block(
+                    (one.rows[0], one.columns[0]),
+                    (one.rows[1] - one.rows[0], one.columns[1] - one.columns[0]),
+                    one.ranks,
+                )
+                for one in placement.slices()
+            ]
+        cuts = zip(placement.row_cuts[:-1], placement.row_cuts[1:], placement.cells, strict=True)
+        return [
+            Block(
+                (first, *(0 for _ in rest)),
+                (last - first, *rest),
+                tuple(sorted({rank for cell in row for rank in cell})),
+            )
+            for first, last, row in cuts
+        ]
 
     def full(self) -> Shaped[Tensor, "..."]:
         """Gather the whole value on every rank; each of them must call this."""
-        blocks = blocks_of(self.placement, self.dim())
+        blocks = self.blocks()
         sizes = [0] * self.wire.world_size
         for block in blocks:
             sizes[block.ranks[0]] += torch.Size(block.sizes).numel()
@@ -120,7 +132,7 @@ class SlicedTensor(torch.Tensor):
 
     def _map(self, function: Any) -> "SlicedTensor":
         local = [Local(one.offsets, function(one.value)) for one in self.local]
-        return SlicedTensor(self.placement, local, self.wire)
+        return SlicedTensor(self.placement, local, self.wire, self.is_per_row)
 
     def _fill(self, source: Tensor) -> "SlicedTensor":
         """Copy from a whole value, or from one that is sliced alike."""
@@ -131,7 +143,8 @@ class SlicedTensor(torch.Tensor):
             )
         if isinstance(source, SlicedTensor) and source.placement == self.placement:
             for own, other in zip(self.local, source.local, strict=True):
-                own.value.copy_(other.value)
+                if own.value.data_ptr() != other.value.data_ptr():
+                    own.value.copy_(other.value)
             return self
         whole = source.full() if isinstance(source, SlicedTensor) else source
         for own in self.local:
@@ -188,7 +201,7 @@ class SlicedTensor(torch.Tensor):
                     chunk=_chunk(block.offsets, block.sizes), properties=properties, size=self.shape
                 ),
             )
-            for block in blocks_of(self.placement, self.dim())
+            for block in self.blocks()
             if block.ranks[0] == self.wire.rank
         ]
 

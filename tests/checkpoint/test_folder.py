@@ -1,55 +1,62 @@
+"""Which checkpoints there are, which stay, and that a broken one is refused by name."""
+
 import json
 import pickle
+import resource
+import signal
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from shardwise.checkpoint import (
+    Checkpoints,
     find_checkpoint,
     list_checkpoints,
-    load_tensors,
-    read_state,
-    read_tensors,
+    load_checkpoint,
+    read_checkpoint,
+    read_values,
     save_checkpoint,
 )
 
+DATA = "__0_0.distcp"
+
 
 def tensors(start: float = 0.0) -> dict[str, torch.Tensor]:
-    return {
-        "model.table.weight": torch.arange(12.0).reshape(4, 3) + start,
-        "optimizer.state.table.weight.step": torch.tensor(7) + int(start),
-    }
+    return {"table": torch.arange(12.0).reshape(4, 3) + start, "step": torch.tensor(7) + int(start)}
 
 
-def save(folder: Path, step: int = 3) -> Path:
-    return save_checkpoint(folder, step, tensors(), {"epoch": 1}, keep=2)
+def save(folder: Path, step: int = 3, **options) -> Path:
+    return save_checkpoint(folder, step, {"model": tensors(), "epoch": 1}, **options)
 
 
-def test_what_was_saved_is_loaded(tmp_path):
-    path = save(tmp_path)
-    into = tensors(start=5.0)
-    load_tensors(path, into)
-    assert read_state(path) == {"epoch": 1}
-    assert all(torch.equal(into[name], tensor) for name, tensor in tensors().items())
+def names(folder: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(folder)]
 
 
-def test_a_part_is_read_by_its_prefix(tmp_path):
-    assert list(read_tensors(save(tmp_path), "model.")) == ["model.table.weight"]
+def everything(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_latest_checkpoints_are_kept(tmp_path):
-    for step in (8, 9, 10, 11):
-        save(tmp_path, step)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_10", "step_11"]
-    assert find_checkpoint(tmp_path) == tmp_path / "step_11"
-    assert find_checkpoint(tmp_path / "step_10") == tmp_path / "step_10"
+def test_latest_and_best_stay(tmp_path):
+    for step in (8, 9, 10, 11, 12):
+        save(tmp_path, step, keep=2, is_best=step in (8, 9))
+    assert names(tmp_path) == ["step_9", "step_11", "step_12"]
+    assert find_checkpoint(tmp_path) == tmp_path / "step_12"
+    assert find_checkpoint(tmp_path, "best") == tmp_path / "step_9"
+    assert find_checkpoint(tmp_path, 11) == tmp_path / "step_11"
+    assert find_checkpoint(tmp_path / "step_11") == tmp_path / "step_11"
 
 
-def test_unfinished_checkpoint_is_not_found(tmp_path):
-    save(tmp_path).rename(tmp_path / ".step_3.unfinished")
-    with pytest.raises(FileNotFoundError, match=r"no step_<n> in this folder"):
-        find_checkpoint(tmp_path)
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [("best", r"no best one .* only steps \[3\]"), (4, r"no step_4 .* only steps \[3\]")],
+)
+def test_what_is_not_there_is_named(tmp_path, which, message):
+    save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message):
+        find_checkpoint(tmp_path, which)
 
 
 def test_missing_folder_is_named(tmp_path):
@@ -57,50 +64,116 @@ def test_missing_folder_is_named(tmp_path):
         find_checkpoint(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-def test_cut_off_file_is_named(tmp_path, name):
-    file = save(tmp_path) / name
+def test_unfinished_checkpoint_is_not_found_and_goes_with_the_next(tmp_path):
+    (tmp_path / ".step_3.unfinished").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no step_<n> in this folder"):
+        find_checkpoint(tmp_path)
+    save(tmp_path, 4)
+    assert everything(tmp_path) == ["step_4"]
+
+
+def test_saving_a_step_again_never_leaves_it_without_a_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path)
+
+    rename = Path.rename
+
+    def crash(path, target):
+        rename(path, target)
+        if target.name.endswith("replaced"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", crash)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path)
+    assert read_values(tmp_path)["epoch"] == 1
+    save(tmp_path)
+    assert everything(tmp_path) == ["step_3"]
+
+
+# ---- attacks
+
+
+def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=rf"step_3: file {name} has \d+ bytes, \d+ were written"):
-        read_state(tmp_path / "step_3")
 
 
-def test_missing_file_is_named(tmp_path):
-    (save(tmp_path) / "__0_0.distcp").unlink()
-    with pytest.raises(FileNotFoundError, match=r"step_3: file __0_0.distcp is missing"):
-        read_state(tmp_path / "step_3")
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[data.find(torch.arange(12.0).numpy().tobytes()) + 5] ^= 4
+    file.write_bytes(data)
 
 
-@pytest.mark.parametrize("text", ["", '{"step": 3', "[]", "{}"])
-def test_damaged_state_file_is_named(tmp_path, text):
-    (save(tmp_path) / "state.json").write_text(text)
-    with pytest.raises(ValueError, match=r"step_3: state.json is cut off or damaged"):
-        read_state(tmp_path / "step_3")
+def garble(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b'"epoch"', b'"epoxy"'))
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor", "message"),
-    [
-        ("model.table.weight", torch.zeros(5, 3), r"is \[4, 3\] torch.float32 there and \[5, 3\]"),
-        ("model.table.weight", torch.zeros(4, 3).half(), "there and .* torch.float16 here"),
-        ("model.other", torch.zeros(2), r"it lacks \['model.other'\] and has \[\] too many"),
-    ],
-)
-def test_mismatch_is_named_and_changes_nothing(tmp_path, name, tensor, message):
-    into = tensors(start=5.0) | {name: tensor}
-    with pytest.raises(ValueError, match=message):
-        load_tensors(save(tmp_path), into)
-    assert into["optimizer.state.table.weight.step"] == 12
+def rewrite(change):
+    """Change the manifest and make its checksum right."""
+
+    def attack(file: Path) -> None:
+        head, _, body = file.read_bytes().partition(b"\n")
+        content = json.loads(body)
+        change(content)
+        body = json.dumps(content).encode()
+        told = json.loads(head) | {"crc32": zlib.crc32(body)}
+        file.write_bytes(json.dumps(told).encode() + b"\n" + body)
+
+    return attack
 
 
-def test_damaged_data_is_named(tmp_path):
-    file = save(tmp_path) / "__0_0.distcp"
-    file.write_bytes(b"\0" * file.stat().st_size)
-    with pytest.raises(ValueError, match="step_3: the data of its tensors is damaged"):
-        read_tensors(tmp_path / "step_3")
+def point_outside(content) -> None:
+    content["files"]["../secret"] = 4
 
 
-class Intruder:
+def point_elsewhere(content) -> None:
+    content["tensors"]["model.table"]["chunks"][0][2] = "elsewhere"
+
+
+def point_past_the_end(content) -> None:
+    content["tensors"]["model.table"]["chunks"][0][3] = 10**6
+
+
+def drop_a_chunk(content) -> None:
+    content["tensors"]["model.table"]["chunks"] = []
+
+
+def name_no_dtype(content) -> None:
+    content["tensors"]["model.table"]["dtype"] = "load"
+
+
+ATTACKS = [
+    (DATA, cut, rf"file {DATA} has \d+ bytes, \d+ were written"),
+    (DATA, Path.unlink, f"file {DATA} is missing"),
+    (DATA, flip, f"file {DATA} is damaged in tensor 'model.table', between bytes"),
+    (".metadata", Path.unlink, "file .metadata is missing"),
+    ("manifest.json", cut, r"manifest.json is cut off or damaged \(\d+ bytes, \d+ were written\)"),
+    ("manifest.json", garble, "manifest.json is cut off or damaged"),
+    ("manifest.json", lambda f: f.write_bytes(b""), "is no manifest of a checkpoint"),
+    ("manifest.json", lambda f: f.write_bytes(b"[]\n"), "is no manifest of a checkpoint"),
+    (
+        "manifest.json",
+        lambda f: f.write_bytes(b'{"format": "other 7", "crc32": 0}\n'),
+        "it is of format 'other 7'; this reads 'shardwise checkpoint 1'",
+    ),
+    ("manifest.json", rewrite(point_outside), "file ../secret is missing"),
+    ("manifest.json", rewrite(point_elsewhere), r"no sizes of \['elsewhere'\]"),
+    ("manifest.json", rewrite(point_past_the_end), f"file {DATA} is damaged"),
+    ("manifest.json", rewrite(drop_a_chunk), "tensor 'model.table' lacks 12 of the elements"),
+    ("manifest.json", rewrite(name_no_dtype), "'load' is no dtype"),
+    ("manifest.json", rewrite(dict.clear), "manifest.json is damaged .*'step'"),
+]
+
+
+@pytest.mark.parametrize(("name", "attack", "message"), ATTACKS)
+def test_broken_checkpoint_is_refused_by_name(tmp_path, name, attack, message):
+    (tmp_path / "secret").write_text("1234")
+    attack(save(tmp_path) / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"step_3: .*{message}"):
+        load_checkpoint(tmp_path / "step_3", {"model": tensors(1.0)})
+
+
+class Bomb:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
 
@@ -110,11 +183,47 @@ class Intruder:
 
 def test_no_code_in_a_file_is_run(tmp_path):
     path, mark = save(tmp_path), tmp_path / "mark"
-    (path / ".metadata").write_bytes(pickle.dumps(Intruder(mark)))
-    with pytest.raises(ValueError, match=r"file .metadata is damaged .*pathlib"):
-        read_tensors(path)
+    into = tensors(1.0)
+    bomb = pickle.dumps(Bomb(mark))
+    size = (path / ".metadata").stat().st_size
+    (path / ".metadata").write_bytes(bomb + b"\0" * (size - len(bomb)))  # of the right size
+    load_checkpoint(path, {"model": into})
+    assert torch.equal(into["table"], tensors()["table"])
     assert not mark.exists()
 
 
-def test_state_is_json_that_anyone_can_read(tmp_path):
-    assert json.loads((save(tmp_path) / "state.json").read_text())["state"] == {"epoch": 1}
+# ---- full disks
+
+
+def limit_files(size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def full_disk():
+    limit_files(2**16)
+    yield
+    limit_files(resource.RLIM_INFINITY)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_full_disk_loses_nothing_and_says_so(tmp_path, full_disk, wait):
+    run = Checkpoints(tmp_path)
+    run.save(3, {"model": tensors()})
+    with pytest.raises(
+        OSError, match=r"step_4 could not be written: .*earlier checkpoints are whole"
+    ):
+        run.save(4, {"model": {"table": torch.ones(2**16)}}, wait=wait).result()
+    assert everything(tmp_path) == ["step_3"]
+    run.save(5, {"model": tensors()})
+    assert names(tmp_path) == ["step_3", "step_5"]
+
+
+def test_error_of_a_save_in_the_background_is_raised_by_the_next(tmp_path, full_disk):
+    run = Checkpoints(tmp_path)
+    run.save(4, {"model": {"table": torch.ones(2**16)}}, wait=False)
+    with pytest.raises(OSError, match="step_4 could not be written"):
+        run.save(5, {"model": tensors()})
+    run.save(6, {"model": tensors()})
+    assert list(read_checkpoint(tmp_path)) == ["model.table", "model.step"]

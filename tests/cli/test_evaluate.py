@@ -37,7 +37,7 @@ def test_evaluation_gives_the_figures_of_the_training(config, tmp_path, capsys):
         (["--model.pooling", "sum"], "saved with model.pooling 'mean', this run has 'sum'"),
         (
             ["--model.over-layers", "8", "1"],
-            "saved with model.over_layers [4, 1], this run has [8, 1]",
+            "saved with model.over_layers (4, 1), this run has (8, 1)",
         ),
         (["--data.max-tags", "3"], "saved with data.max_tags 10, this run has 3"),
     ],

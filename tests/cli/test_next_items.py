@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("tyro")  # the extra is there as a whole or not
 
-from shardwise.checkpoint import find_checkpoint, read_state
+from shardwise.checkpoint import find_checkpoint, read_values
 from shardwise.cli import main
 from shardwise.cli.data_config import SequencesConfig
 from shardwise.cli.next_items import judge, load_sequences
@@ -141,7 +141,7 @@ def test_resumed_run_with_falling_rates_equals_an_undisturbed_one(config, tmp_pa
         (tmp_path / "run" / f"step_{step}").rename(tmp_path / f"step_{step}")
     assert main(["train", str(config), *options, str(tmp_path / "run"), "--train.resume"]) == 0
     assert table(capsys.readouterr().out) == whole
-    assert read_state(find_checkpoint(tmp_path / "run"))["num_steps"] == 16
+    assert read_values(find_checkpoint(tmp_path / "run"))["num_steps"] == 16
 
 
 def test_falling_rates_need_the_epochs_they_were_saved_with(config, tmp_path, capsys):

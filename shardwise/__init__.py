@@ -16,6 +16,7 @@ Parts, lowest first: a part imports only parts above it in this list.
     cli         the `shardwise` command
 """
 
+from shardwise.checkpoint import export_safetensors, load_rows, load_safetensors
 from shardwise.data import (
     Batch,
     BinaryCriteoUtils,
@@ -427,6 +428,7 @@ __all__ = [
     "criteo_terabyte",
     "data_parallel",
     "dense_parallel",
+    "export_safetensors",
     "flatten_kjt_list",
     "fuse_embedding_optimizer",
     "generate_metric_module",
@@ -447,6 +449,8 @@ __all__ = [
     "jt_is_equal",
     "kjt_is_equal",
     "leave_one_out",
+    "load_rows",
+    "load_safetensors",
     "log_loss",
     "maybe_td_to_kjt",
     "movielens_20m",

@@ -14,15 +14,20 @@ from shardwise.checkpoint.checkpoints import (
 )
 from shardwise.checkpoint.folder import find_checkpoint, list_checkpoints
 from shardwise.checkpoint.random_state import PerRank, RandomState
+from shardwise.checkpoint.rows import load_rows
+from shardwise.checkpoint.safetensors import export_safetensors, load_safetensors
 
 __all__ = [
     "Checkpoints",
     "PendingSave",
     "PerRank",
     "RandomState",
+    "export_safetensors",
     "find_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "load_rows",
+    "load_safetensors",
     "read_checkpoint",
     "read_values",
     "save_checkpoint",

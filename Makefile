@@ -21,6 +21,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 bench: build
+	$(BIN)/shardwise bench
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 docs: .venv/installed

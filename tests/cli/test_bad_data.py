@@ -10,7 +10,7 @@ pytest.importorskip("tyro")  # the extra is there as a whole or not
 from shardwise.cli import main
 from shardwise.cli.recipe import load_problem
 from shardwise.cli.settings import read_config
-from shardwise.cli.trainer import Trainer, model_tensors
+from shardwise.cli.trainer import Trainer
 
 
 def trainer_of(config: Path) -> Trainer:
@@ -46,12 +46,12 @@ def test_damaged_data_file_is_named(config, edition, tmp_path, size, message, ca
 
 def test_dense_feature_that_is_nan_changes_no_weight(config):
     trainer = trainer_of(config)
-    before = {name: tensor.clone() for name, tensor in model_tensors(trainer.model).items()}
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     batch = next(iter(trainer.loader))
     batch.dense_features[3, 1] = torch.nan
     with pytest.raises(ValueError, match=r"dense_features, sample 3, column 1 \('.+'\) is nan"):
         trainer.step(batch)
-    after = model_tensors(trainer.model)
+    after = trainer.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -59,10 +59,10 @@ def test_loss_that_is_not_finite_changes_no_weight(config):
     trainer = trainer_of(config)
     with torch.no_grad():
         next(trainer.model.over_arch.parameters()).fill_(torch.inf)
-    before = {name: tensor.clone() for name, tensor in model_tensors(trainer.model).items()}
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     with pytest.raises(ValueError, match="step 1: the loss is nan; training has diverged"):
         trainer.step(next(iter(trainer.loader)))
-    after = model_tensors(trainer.model)
+    after = trainer.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -29,8 +29,9 @@ class TrainConfig:
         table_eps: What their rule adds to the root of mean squared gradients.
         dense_lr: Learning rate of everything else: Adam.
         lr_falls: Let both rates fall to 0 in a straight line, step by step.
-        patience: Stop after this many epochs without better figures on the validation part, and
-            take the best epoch's model; 0: train for all epochs and take the last.
+        evaluate_every: Steps between two judgements within an epoch; 0: only at the end of each.
+        patience: Stop after this many judgements without better figures on the validation part, and
+            take the model that was best; 0: train for all epochs and take the last.
         sharding: Where tables lie when several processes train. auto: one larger than an equal
             share of all bytes by rows on all processes, the others each on the one with the fewest
             bytes so far; table_wise: each on one, in turn; row_wise or column_wise: a block of each
@@ -40,7 +41,8 @@ class TrainConfig:
             fsdp2, a part in each.
         num_threads: Threads that share the work of one operator, in each process. Small steps lose
             time with more than one, a lot if the machine is busy; 0: as many as PyTorch chooses.
-        resume: Go on from the latest checkpoint in checkpoint.folder.
+        resume: Go on from the latest checkpoint in checkpoint.folder, if there is one. A run that
+            torchrun starts again does so anyway.
     """
 
     seed: int = 0
@@ -51,6 +53,7 @@ class TrainConfig:
     table_eps: float = 1e-10
     dense_lr: float = 0.002
     lr_falls: bool = False
+    evaluate_every: int = 0
     patience: int = 0
     sharding: str = "auto"
     dense: Literal["ddp", "fsdp2"] = "ddp"
@@ -61,7 +64,7 @@ class TrainConfig:
         """Check each field."""
         for name in ("epochs", "batch_size"):
             require_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("seed", "patience", "num_threads"):
+        for name in ("seed", "evaluate_every", "patience", "num_threads"):
             require_least(f"train.{name}", getattr(self, name), 0)
         for name in ("table_lr", "table_eps", "dense_lr"):
             require_positive(f"train.{name}", getattr(self, name))
@@ -76,8 +79,10 @@ class CheckpointConfig:
 
     Attributes:
         folder: Where to write checkpoints, as step_<n>; empty: write none.
-        every_steps: Steps between two checkpoints; 0: only one at the end of each epoch.
-        keep: How many checkpoints to keep, the latest ones.
+        every_steps: Steps between two checkpoints; 0: only one at the end of each epoch. They are
+            written beside training.
+        keep: How many checkpoints to keep, the latest ones; the one that was best on the validation
+            part stays as well.
     """
 
     folder: str = ""
@@ -151,19 +156,23 @@ class EvaluateConfig:
     """What `shardwise evaluate` can be told: `Config`, as far as it matters there.
 
     Attributes:
-        checkpoint: Folder of a checkpoint, or of a run's checkpoints, to take the latest. It must
-            be given.
+        checkpoint: Folder of a checkpoint, or of a run's checkpoints. It must be given.
+        which: Of a run's checkpoints, latest, best or the number of a step; empty: the best if it
+            trained with patience, else the latest.
         data: What to learn from.
         model: What to train.
     """
 
     checkpoint: str = ""
+    which: str = ""
     data: DataConfig = field(default_factory=MovieLensConfig)
     model: ModelConfig = field(default_factory=DLRMConfig)
 
     def __post_init__(self) -> None:
         """Check what sections ask of one another."""
         check_fit(self.data, self.model)
+        is_right = self.which in ("", "latest", "best") or self.which.isdecimal()
+        require("which", self.which, is_right, "latest, best or the number of a step")
 
 
 def check_fit(data: DataConfig, model: ModelConfig) -> None:

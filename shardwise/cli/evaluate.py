@@ -24,16 +24,22 @@ def main(options: Sequence[str]) -> int:
     config = read_options("evaluate", options, _ABOUT, _start)
     if not config.checkpoint:
         raise ConfigError("no checkpoint is named; add --checkpoint and the folder of one")
-    path = find_checkpoint(Path(config.checkpoint))
+    path = _find(Path(config.checkpoint), config.which)
     state = read_values(path)
     check_config(path, state, asdict(config), ("data", "model"))
     problem = load_problem(config.data)
     model = build_model(config.model, problem)
-    # Of a run with train.patience the best epoch's model counts, not the last one's.
-    name = "model" if state["best"] is None else "best_weights"
-    load_checkpoint(path, {name: model.state_dict()})
+    load_checkpoint(path, {"model": model})
     print(f"{path}, {compare(problem.judge(model, problem.test, Ranks()), problem)}")
     return 0
+
+
+def _find(folder: Path, which: str) -> Path:
+    """Find what is asked for, or what the run itself took at its end."""
+    if not which:
+        state = read_values(folder)
+        which = "best" if state["config"]["train"]["patience"] and state["best"] else "latest"
+    return find_checkpoint(folder, int(which) if which.isdecimal() else which)  # type: ignore[arg-type]  # one of Which
 
 
 def _start(config: Config) -> EvaluateConfig:

@@ -1,29 +1,39 @@
-"""Let Ctrl-C end a loop between two steps, instead of in the middle of one."""
+"""Let Ctrl-C and SIGTERM end a loop between two steps, instead of in the middle of one."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event
 from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Those that ask a run to end; a run that they ended has the status 128 and their number."""
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Event]:
-    """Give an event that the first SIGINT sets; a second one ends the process as usual.
+def noted_signals(then: Callable[[int], None] | None = None) -> Iterator[list[int]]:
+    """Give a list that the first signal is put into; a second one ends the process as usual.
 
     Only the main thread may enter it.
+
+    Args:
+        then: What else to do with the first one.
     """
-    event, previous = Event(), signal.getsignal(signal.SIGINT)
+    noted: list[int] = []
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
 
     def restore() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def note(number: int, frame: FrameType | None) -> None:
-        event.set()
         restore()
+        noted.append(number)
+        if then is not None:
+            then(number)
 
-    signal.signal(signal.SIGINT, note)
+    for number in SIGNALS:
+        signal.signal(number, note)
     try:
-        yield event
+        yield noted
     finally:
         restore()

@@ -1,7 +1,8 @@
 """Run a command in several processes of this machine: a small torchrun.
 
 The processes get torchrun's environment variables and meet over 127.0.0.1. They end together: when
-one fails the others are ended, and when this process is gone they end by themselves.
+one fails the others are ended, and when this process is gone they end by themselves. Signals that
+ask this process to end reach each of them.
 """
 
 import os
@@ -15,6 +16,8 @@ from threading import Thread
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch hides it
 
+from shardwise.cli.interrupt import noted_signals
+
 _GRACE_S = 10.0
 """Seconds that the others have after one process failed: they tell why, or end unharmed."""
 
@@ -25,36 +28,33 @@ _IS_CHILD = "SHARDWISE_LAUNCHED"
 def launch(num_processes: int, command: Sequence[str]) -> int:
     """Run a command in processes; give the exit status.
 
-    The first Ctrl-C reaches each process as one, a second one ends them.
+    The first Ctrl-C or SIGTERM reaches each process as one, a second one ends them.
 
     Args:
         num_processes: How many.
         command: What each runs: a program and its arguments.
 
     Returns:
-        0, or the status of the first process found that did not end with 0; 1 for a signal.
+        0, or the status of the first process found that did not end with 0: of one that a signal
+        has ended, 128 and its number.
     """
     # The store lives here, at a port of the system's choice, as torchrun's does in its agent.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with _started(num_processes, store.port, command) as processes:
-        is_interrupted = False
-        while True:
-            try:
-                failed = _await(processes)
-                break
-            except KeyboardInterrupt:
-                if is_interrupted:
-                    return 1
-                is_interrupted = True
-                for process in processes:
-                    process.send_signal(signal.SIGINT)
-        if failed is None:
-            return 0
-        _settle(processes)
+
+        def pass_on(number: int) -> None:
+            for process in processes:
+                process.send_signal(number)
+
+        with noted_signals(pass_on) as noted:
+            failed = _await(processes)
+            if failed is None:
+                return 0
+            _settle(processes)
         status = processes[failed].returncode
-        if not is_interrupted and (status < 0 or processes[0].poll() != status):
+        if not noted and (status < 0 or processes[0].poll() != status):
             print(f"shardwise: error: {_describe(failed, status)}", file=sys.stderr)
-        return status if status > 0 else 1
+        return status if status > 0 else 128 - status
 
 
 def end_with_launcher() -> None:

@@ -66,6 +66,11 @@ class Progress:
             for name, value in figures.items():
                 self._writer.add_scalar(f"{part}/{name}", value, num_steps)
 
+    def flush(self) -> None:
+        """Write down all events so far, so that a run that goes on from here has all before it."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if not self._is_silent:

@@ -39,9 +39,9 @@ class Ranks:
         """Let an error that one process raises inside be raised on all; also wait for all."""
         return nullcontext() if self.wire is None else self.wire.together(what)
 
-    def any(self, is_so: bool, what: str) -> bool:
-        """Say whether something is so in any process."""
-        return is_so if self.wire is None else any(self.wire.meet(what, int(is_so)).wait())
+    def largest(self, number: int, what: str) -> int:
+        """Give the largest of the numbers of all processes."""
+        return number if self.wire is None else max(self.wire.meet(what, number).wait())
 
     def gather(
         self, rows: Shaped[Tensor, "..."], sizes: Sequence[int], what: str
@@ -70,6 +70,11 @@ class Ranks:
 def has_launcher() -> bool:
     """Say whether torchrun, or what sets its variables, has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def num_restarts() -> int:
+    """Give how often torchrun has started the processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextmanager

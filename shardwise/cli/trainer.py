@@ -1,9 +1,8 @@
 """`Trainer`: all that changes while a run trains, and how it goes to a checkpoint and back."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ from torch import Tensor
 
 from shardwise.checkpoint import (
     Checkpoints,
+    PendingSave,
     PerRank,
     RandomState,
     find_checkpoint,
+    list_checkpoints,
     read_values,
 )
 from shardwise.cli.config import Config
@@ -41,6 +42,7 @@ _MAY_DIFFER = {
     "data.path",
     "train.dense",
     "train.epochs",
+    "train.evaluate_every",
     "train.num_threads",
     "train.resume",
     "train.sharding",
@@ -49,8 +51,6 @@ _MAY_DIFFER = {
 
 class Trainer:
     """A model in training: weights, optimizer, position in the data, training metrics, step.
-
-    With `train.patience` the weights of the best epoch so far are kept, too.
 
     Of several ranks each takes its share of every batch, and a batch counts as that of one process
     does: gradients are averaged over its samples, whatever the shares. Each rank gets the
@@ -95,7 +95,11 @@ class Trainer:
         self.loss = math.nan
         self.best: Figures | None = None
         self._best_weights: dict[str, Tensor] = {}
-        self._epochs_since_best = 0
+        self._judged_since_best = 0
+        self._best_at = self._judged_at = self._saved_at = 0  # steps
+        self.checkpoints: Checkpoints | None = None
+        if config.checkpoint.folder:
+            self.checkpoints = Checkpoints(config.checkpoint.folder, keep=config.checkpoint.keep)
 
     def _shard(self) -> ShardingPlan:
         """Put the tables where the config says, and talk through what connects them from now on.
@@ -174,11 +178,36 @@ class Trainer:
         return int(position["epoch"] * size + min(in_epoch, size))
 
     @property
+    def is_epoch_end(self) -> bool:
+        """Whether the latest step was the last of an epoch."""
+        return self.num_steps > 0 and self.num_steps % len(self.loader) == 0
+
+    @property
+    def must_judge(self) -> bool:
+        """Whether the model is to be judged as of this step, and was not yet."""
+        every = self.config.train.evaluate_every
+        is_due = self.is_epoch_end or (every > 0 and self.num_steps % every == 0)
+        return is_due and self._judged_at < self.num_steps
+
+    @property
+    def must_save(self) -> bool:
+        """Whether a checkpoint of this step is to be written, and was not yet."""
+        every, is_best = self.config.checkpoint.every_steps, self._best_at == self.num_steps
+        is_due = self.is_epoch_end or (every > 0 and self.num_steps % every == 0) or is_best
+        is_missing = self._saved_at < self.num_steps
+        return self.checkpoints is not None and is_missing and (is_due or self.is_finished)
+
+    @property
     def is_finished(self) -> bool:
-        """Whether all epochs are done, or as many as allowed without a better one."""
+        """Whether all epochs are done, or as many judgements as allowed without a better one."""
         config = self.config.train
-        has_waited = config.patience > 0 and self._epochs_since_best >= config.patience
+        has_waited = config.patience > 0 and self._judged_since_best >= config.patience
         return has_waited or self.loader.epoch >= config.epochs
+
+    def batches(self) -> Iterator[Any]:
+        """Give the batches that are left, epoch after epoch, without end."""
+        while True:
+            yield from self.loader
 
     def figures(self) -> Figures:
         """Give the loss of the last step, and the metrics over the window, by the shown names."""
@@ -188,49 +217,57 @@ class Trainer:
         return {"loss": self.loss, **windows}
 
     def note(self, figures: Figures) -> None:
-        """Take note of the figures after an epoch; keep the weights if they are the best so far."""
-        if not self.config.train.patience:
+        """Take note of what the model was judged to be, and of whether that is the best so far.
+
+        There is no best one without a validation part: it would be chosen by the test part. The
+        weights of the best are those of its checkpoint, or are kept where there are none.
+        """
+        self._judged_at, self._judged_since_best = self.num_steps, self._judged_since_best + 1
+        if self.problem.validation is None:
             return
-        self._epochs_since_best += 1
         if self.best is None or self.problem.is_better(figures, self.best):
-            self.best, self._epochs_since_best = figures, 0
-            self._best_weights = self._copy_weights()
+            self.best, self._best_at, self._judged_since_best = figures, self.num_steps, 0
+            if self.checkpoints is None and self.config.train.patience:
+                state = self.model.state_dict()
+                self._best_weights = {name: tensor.clone() for name, tensor in state.items()}
 
     def take_best(self) -> None:
-        """Go back to the weights of the best epoch, where they were kept."""
-        if self.best is not None:
+        """With patience, go back to the weights that were best."""
+        if self.best is None or not self.config.train.patience:
+            return
+        if self.checkpoints is not None:
+            self.checkpoints.load({"model": self.model}, "best")
+        else:
             with torch.no_grad():
                 for name, tensor in self.model.state_dict().items():
                     tensor.copy_(self._best_weights[name])
 
-    def save(self) -> Path:
-        """Write a checkpoint to the folder that the config names."""
-        return self.checkpoints.save(self.num_steps, self._state()).result()
+    def save(self) -> PendingSave:
+        """Begin to write a checkpoint to the folder that the config names."""
+        assert self.checkpoints is not None, "the config names a folder"
+        self._saved_at, is_best = self.num_steps, self._best_at == self.num_steps
+        return self.checkpoints.save(self.num_steps, self._state(), is_best=is_best, wait=False)
 
-    def resume(self) -> Path:
-        """Go on from the latest checkpoint in the folder that the config names.
+    def resume(self) -> Path | None:
+        """Go on from the latest checkpoint in the folder that the config names, if there is one.
 
         Raises:
-            FileNotFoundError: There is none.
             ValueError: It is damaged, or of another model, other data or another way to train.
         """
-        path = find_checkpoint(Path(self.config.checkpoint.folder))
+        folder = Path(self.config.checkpoint.folder)
+        if self.checkpoints is None or not list_checkpoints(folder):
+            return None
+        path = find_checkpoint(folder)
         values = read_values(path)
         check_config(path, values, asdict(self.config), ("data", "model", "train"))
-        if values["best"] is not None:
-            self._best_weights = self._copy_weights()
         state = self._state()
         self.checkpoints.load({name: state[name] for name in state.keys() - values.keys()})
         self.loader.load_state_dict(values["position"])
-        self.num_steps = values["num_steps"]
-        self.best, self._epochs_since_best = values["best"], values["epochs_since_best"]
+        self.num_steps = self._saved_at = values["num_steps"]
+        self.best, self._best_at = values["best"], values["best_at"]
+        self._judged_at = values["judged_at"]
+        self._judged_since_best = values["judged_since_best"]
         return path
-
-    @cached_property
-    def checkpoints(self) -> Checkpoints:
-        """The checkpoints of the run; every rank must ask for them first at the same point."""
-        config = self.config.checkpoint
-        return Checkpoints(config.folder, keep=config.keep)
 
     def _state(self) -> dict[str, Any]:
         """Name all that goes to a checkpoint."""
@@ -238,17 +275,15 @@ class Trainer:
             "model": self.model,
             "optimizer": self.optimizer,
             "metrics": self.metrics,
-            "best_weights": self._best_weights,
             "random": PerRank(RandomState()),
             "config": asdict(self.config),
             "position": self.loader.state_dict(),
             "num_steps": self.num_steps,
             "best": self.best,
-            "epochs_since_best": self._epochs_since_best,
+            "best_at": self._best_at,
+            "judged_at": self._judged_at,
+            "judged_since_best": self._judged_since_best,
         }
-
-    def _copy_weights(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
 def check_config(

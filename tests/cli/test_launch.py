@@ -43,7 +43,7 @@ def test_failure_of_one_ends_all(monkeypatch, capfd):
 def test_signal_that_ended_one_is_named(monkeypatch, capfd):
     monkeypatch.setattr("shardwise.cli.launch._GRACE_S", 0.1)
     kill = "os.kill(os.getpid(), 9) if os.environ['RANK'] == '0' else time.sleep(60)"
-    assert run(kill) == 1
+    assert run(kill) == 128 + 9
     assert "rank 0 ended with signal SIGKILL" in capfd.readouterr().err
 
 

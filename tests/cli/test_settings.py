@@ -226,7 +226,7 @@ def test_help_lists_and_explains_every_field(command, config, capsys):
     explained["criteo-kaggle"] = "Rows held out, those that follow."
     explained["sequences"] = "Most items of a user that the model reads, the latest."
     assert explained[config.data.source] in text
-    assert "Stop after this many epochs without better" in text or command == "evaluate"
+    assert "Stop after this many judgements without better" in text or command == "evaluate"
 
 
 def test_help_shows_the_values_of_the_file(tmp_path, capsys):

@@ -84,8 +84,11 @@ def test_resumed_run_equals_an_undisturbed_one(config, tmp_path, monkeypatch, ca
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "step", interrupted_step)
-    assert run("broken") == 1
-    assert f"interrupted after step {stop_at}; go on with --train.resume" in capsys.readouterr().err
+    assert run("broken") == 130
+    assert (
+        f"interrupted by SIGINT after step {stop_at}; go on with --train.resume"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(Trainer, "step", whole_step)
     torch.manual_seed(99)
     assert run("broken", "--train.resume") == 0

@@ -15,6 +15,7 @@ from shardwise.sharding.plan import ShardingPlan
 from shardwise.sharding.shard import default_env, shard_planned, sharded_collections, sharded_names
 from shardwise.sharding.sharded_modules import make_lazy
 from shardwise.sharding.sharders import ModuleSharder, get_default_sharders
+from shardwise.tables import ModelDeltaTracker, ModelTrackerConfig
 
 _PRECISIONS = ("fp16", "bf16")
 
@@ -97,10 +98,10 @@ class DistributedModelParallel(nn.Module):
         init_data_parallel: Wrap the dense part now; otherwise call `init_data_parallel` later.
         init_parameters: Draw the start of dense parts that are on `meta`. Tables always are drawn.
         data_parallel_wrapper: What makes the dense part parallel; None takes the default.
-        model_tracker_config: Must be None.
+        model_tracker_config: Track which rows change; None does not.
 
     Raises:
-        ValueError: The plan does not fit the model, or `model_tracker_config` is given.
+        ValueError: The plan does not fit the model, or the tracker's options do not.
     """
 
     def __init__(  # noqa: PLR0913
@@ -113,12 +114,10 @@ class DistributedModelParallel(nn.Module):
         init_data_parallel: bool = True,
         init_parameters: bool = True,
         data_parallel_wrapper: DataParallelWrapper | None = None,
-        model_tracker_config: object | None = None,
+        model_tracker_config: ModelTrackerConfig | None = None,
     ) -> None:
         """Shard the tables and wrap the dense part."""
         super().__init__()
-        if model_tracker_config is not None:
-            raise ValueError("model_tracker_config is not available; leave it at None")
         self._env = env or default_env()
         self.device = torch.device("cpu") if device is None else torch.device(device)
         sharders = sharders or get_default_sharders()
@@ -132,6 +131,26 @@ class DistributedModelParallel(nn.Module):
         )
         if init_data_parallel:
             self.init_data_parallel()
+        self._model_tracker: ModelDeltaTracker | None = None
+        if (config := model_tracker_config) is not None:
+            self._model_tracker = ModelDeltaTracker(
+                self,
+                config.consumers,
+                config.delete_on_read,
+                config.auto_compact,
+                config.tracking_mode,
+                config.fqns_to_skip,
+            )
+
+    def get_model_tracker(self) -> ModelDeltaTracker:
+        """Give what tracks which rows change.
+
+        Raises:
+            ValueError: The model was made without `model_tracker_config`.
+        """
+        if self._model_tracker is None:
+            raise ValueError("nothing is tracked; give the model a model_tracker_config")
+        return self._model_tracker
 
     @property
     def module(self) -> nn.Module:

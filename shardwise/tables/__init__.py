@@ -20,10 +20,19 @@ from shardwise.tables.fused import (
     FusedEmbeddingCollection,
     fuse_embedding_optimizer,
 )
+from shardwise.tables.tracking import (
+    DeltaRows,
+    DeltaStore,
+    ModelDeltaTracker,
+    ModelTrackerConfig,
+    TrackingMode,
+)
 
 __all__ = [
     "BadIds",
     "DataType",
+    "DeltaRows",
+    "DeltaStore",
     "EmbeddingBagCollection",
     "EmbeddingBagConfig",
     "EmbeddingCollection",
@@ -32,8 +41,11 @@ __all__ = [
     "FeatureProcessorsCollection",
     "FusedEmbeddingBagCollection",
     "FusedEmbeddingCollection",
+    "ModelDeltaTracker",
+    "ModelTrackerConfig",
     "PoolingType",
     "PositionWeightedModule",
     "PositionWeightedModuleCollection",
+    "TrackingMode",
     "fuse_embedding_optimizer",
 ]

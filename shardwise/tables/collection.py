@@ -185,6 +185,10 @@ class TableCollection(nn.Module, abc.ABC):
         """The tables' parameters, by their name in the collection."""
         return self._parts.parameters()
 
+    def part_states(self) -> dict[str, dict[str, Tensor]]:
+        """Give what rules keep for the part of a table here, by its parameter's name."""
+        return self._parts.states()
+
     def sparse_names(self) -> list[str]:
         """Name the parameters whose gradient is row-sparse."""
         return [self._parts.names[position] for position in self._parts.way.sparse]

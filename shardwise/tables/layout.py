@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from shardwise.ops.lookup import Ids, Update, Way, lookup, plan_backward, restrict
+from shardwise.ops.lookup import Ids, Update, Way, is_watched, lookup, plan_backward, restrict
 
 Explain = Callable[[RuntimeError], Exception]
 """From a fault found in a call to an error that names feature, sample, id and table."""
@@ -67,6 +67,11 @@ class OneProcess:
     ) -> Tensor:
         """Look up the tables."""
         if torch.compiler.is_compiling():
+            if any(is_watched(table) for table in tables):
+                raise RuntimeError(
+                    "tables whose changes are tracked cannot be compiled, as compiled updates tell "
+                    "nobody; leave the collection out of torch.compile, or track no changes"
+                )
             return lookup(tables, call, shape, way=way)
         try:
             return lookup(tables, call, shape, way=way)

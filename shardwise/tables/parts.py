@@ -63,6 +63,14 @@ class Parts:
         pairs = zip(self.names, self.stores, strict=True)
         return {name: s.weight for name, s in sorted(pairs, key=lambda pair: pair[1].key)}
 
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """Give what rules keep for each part here, by its name: `step`, and values per row."""
+        found = {n: dict(s.states) for n, s in zip(self.names, self.stores, strict=True)}
+        for update in (binding.update for binding in self.bindings):
+            for position, step in zip(update.tables, update.steps, strict=True):
+                found[self.names[position]]["step"] = step
+        return found
+
     def move(self, stores: Sequence[Store], layout: Layout) -> None:
         """Put parts in the place of whole tables; what their rules keep is cut and goes along.
 

@@ -238,8 +238,8 @@ def test_dense_gradients_may_be_compressed(ranks):
 
 
 def test_what_is_not_available_is_refused():
-    with pytest.raises(ValueError, match="model_tracker_config is not available"):
-        DistributedModelParallel(make(), model_tracker_config=object())
+    with pytest.raises(ValueError, match="nothing is tracked; give the model a model_tracker"):
+        DistributedModelParallel(make()).get_model_tracker()
     with pytest.raises(ValueError, match=r"allreduce_comm_precision 'fp8'; wants one of"):
         DefaultDataParallelWrapper(allreduce_comm_precision="fp8")
     plan = ShardingPlan({"": EmbeddingModuleShardingPlan()})

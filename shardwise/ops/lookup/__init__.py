@@ -25,6 +25,7 @@ from shardwise.ops.library import register
 from shardwise.ops.lookup import reference
 from shardwise.ops.lookup.reference import Ids
 from shardwise.ops.lookup.rules import RULES, SGD, Rule, Settings
+from shardwise.ops.lookup.touched import is_watched, tell_touched
 
 __all__ = [
     "RULES",
@@ -42,6 +43,7 @@ __all__ = [
     "as_sparse",
     "count_bad_ids",
     "dense_grads",
+    "is_watched",
     "lookup",
     "plan_backward",
     "restrict",
@@ -251,6 +253,7 @@ def run_update(
     )
     if not torch.compiler.is_compiling():  # traced code is given the version by the compiler
         torch.autograd.graph.increment_version(own)
+        tell_touched(call._replace(features=update.features), own)
 
 
 def dense_grads(grad: Tensor, call: Ids, way: Way, tables: Sequence[Tensor]) -> list[Tensor]:

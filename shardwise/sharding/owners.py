@@ -19,7 +19,6 @@ from shardwise.ops.lookup import (
     Update,
     Way,
     apply_update,
-    as_sparse,
     dense_grads,
     restrict,
     row_grads,
@@ -81,11 +80,13 @@ class SlicesWay(Way):
 
     Attributes:
         regions: By the first cell of a region and the one after its last.
+        replicas: What becomes of merged gradients of replicas; see `rows.Replicas`.
         explicit: Slices that need other ranks.
-        last: The rules of these, for slices by number; to be run when the gradients are complete.
+        last: Rules with row sums that other ranks complete, for slices by number.
     """
 
     regions: dict[tuple[int, int], RegionWay]
+    replicas: RegionWay
     explicit: frozenset[int]
     last: tuple[Update, ...]
 
@@ -160,8 +161,9 @@ class Owners:
         if len(owned) != len(set(owned)):
             raise ValueError(f"two update rules own one slice: {sorted(owned)}")
         fused = [update for update in updates if update.in_backward]
-        explicit = {i for i in every if len(self._cells[i].replicas) > 1}
-        for update in filter(self._has_cut_rows, fused):
+        cut = [update for update in fused if self._has_cut_rows(update)]
+        explicit = set(self._replicas.numbers)
+        for update in cut:
             own = [self._cells[cell] for cell in update.tables]
             explicit |= {
                 number
@@ -174,10 +176,12 @@ class Owners:
         dense = plain - sparse
         layout = self._layout
         regions = {
-            (region.first, region.last): _plan_region(region, fused, explicit, sparse, dense)
+            (region.first, region.last): _plan_region(
+                range(region.first, region.last), region.features, fused, explicit, sparse, dense
+            )
             for region in (layout.everywhere, layout.owned, layout.relayed)
         }
-        last = [self._at_last(update, explicit) for update in fused]
+        replicas, completed = self._replicas, {c for update in cut for c in update.tables}
         return SlicesWay(
             updates=(),
             sparse=tuple(sorted(sparse)),
@@ -185,17 +189,16 @@ class Owners:
             dense=tuple(sorted(dense)),
             dense_features=torch.empty(0, 4, dtype=torch.int64),
             regions=regions,
+            replicas=_plan_region(
+                replicas.numbers, replicas.features, fused, completed, sparse, dense
+            ),
             explicit=frozenset(explicit),
-            last=tuple(update for update in last if update is not None),
+            last=tuple(self._at_last(update, explicit) for update in cut),
         )
 
-    def _at_last(self, update: Update, explicit: Collection[int]) -> Update | None:
-        """Give the part of a rule that runs when gradients are complete, if it has any to run."""
-        part = _share(update, explicit, 0)
-        if not part.tables and not self._has_cut_rows(update):
-            return None
-        if not self._has_cut_rows(update):
-            return part
+    def _at_last(self, update: Update, explicit: Collection[int]) -> Update:
+        """Give the part of a rule that waits for row sums; others may wait for those from here."""
+        part = _share(update, explicit, range(len(self._cells)))
         cells = [self._cells[cell] for cell in part.tables]
         sums = RowSums(cells, self._placements, self._wire, self._path, is_agreed=True)
         return replace(part, complete=sums)
@@ -215,17 +218,18 @@ class Owners:
         Returns:
             Gradients of the slices that keep one, by number.
         """
-        unread = {c: _no_rows(tables[c]) for c in way.explicit if c not in touched}
-        found = self._replicas.merge({**touched, **unread}, tables)
+        found = {c: touched.get(c) or _no_rows(tables[c]) for c in way.explicit}
+        result: dict[int, Tensor] = {}
+        merged = self._replicas.merge(found, tables)
+        if merged is not None:
+            numbers = self._replicas.numbers
+            _, grads, rows = way.replicas.bring_back(*merged, [tables[c] for c in numbers], False)
+            result = {numbers[place]: one for place, one in grads.items()}
+            found |= {numbers[place]: pair for place, pair in rows.items()}
         for update in way.last:
-            rows = [found[cell][0] for cell in update.tables]
-            grads = [found[cell][1] for cell in update.tables]
-            apply_update(update, [tables[cell] for cell in update.tables], rows, grads)
-        result = {c: as_sparse(tables[c], *found[c]) for c in way.explicit & {*way.sparse}}
-        for cell in way.explicit & {*way.dense}:
-            index, values = found[cell]
-            zeros = torch.zeros_like(tables[cell])
-            result[cell] = zeros.index_copy_(0, index, values.to(zeros.dtype))
+            pairs = [found[cell] for cell in update.tables]
+            rows_of, grads_of = [rows for rows, _ in pairs], [grads for _, grads in pairs]
+            apply_update(update, [tables[cell] for cell in update.tables], rows_of, grads_of)
         return result
 
 
@@ -234,47 +238,48 @@ def _no_rows(table: Tensor) -> RowGrads:
 
 
 def _plan_region(
-    region: Region,
+    own: Sequence[int],
+    features: Tensor,
     updates: Sequence[Update],
     explicit: Collection[int],
     sparse: Collection[int],
     dense: Collection[int],
 ) -> RegionWay:
-    own = range(region.first, region.last)
+    """Plan the backward of a lookup that reads the slices `own`."""
     fast = {cell for cell in own if cell not in explicit}
 
-    def numbers(cells: Collection[int]) -> tuple[int, ...]:
-        return tuple(cell - region.first for cell in own if cell in cells)
+    def places(cells: Collection[int]) -> tuple[int, ...]:
+        return tuple(place for place, cell in enumerate(own) if cell in cells)
 
-    shares = [_share(update, fast, region.first) for update in updates]
-    by_rows, dense_ones = numbers(fast & {*sparse}), numbers(fast & {*dense})
+    shares = [_share(update, fast, own) for update in updates]
+    by_rows, dense_ones = places(fast & {*sparse}), places(fast & {*dense})
     way = Way(
         updates=tuple(
-            replace(share, features=restrict(region.features, share.tables))
+            replace(share, features=restrict(features, share.tables))
             for share in shares
             if share.tables
         ),
         sparse=by_rows,
-        sparse_features=restrict(region.features, by_rows),
+        sparse_features=restrict(features, by_rows),
         dense=dense_ones,
-        dense_features=restrict(region.features, dense_ones),
+        dense_features=restrict(features, dense_ones),
     )
-    others = numbers(explicit)
-    return RegionWay(way=way, explicit=others, features=restrict(region.features, others))
+    others = places(explicit)
+    return RegionWay(way=way, explicit=others, features=restrict(features, others))
 
 
-def _share(update: Update, cells: Collection[int], first: int) -> Update:
-    """Take the part of a rule that is of some slices, numbered from `first`.
+def _share(update: Update, cells: Collection[int], own: Sequence[int]) -> Update:
+    """Take the part of a rule that is of some slices, numbered within `own`.
 
     They are a run of the rule's slices (see `layout.Kind`), so its steps stay one tensor.
     """
     places = [place for place, cell in enumerate(update.tables) if cell in cells]
     low, high = (places[0], places[-1] + 1) if places else (0, 0)
     assert high - low == len(places), "slices are ordered by what their gradients need"
-    count = len(update.rule.states)
+    count, number = len(update.rule.states), {cell: place for place, cell in enumerate(own)}
     return replace(
         update,
-        tables=tuple(cell - first for cell in update.tables[low:high]),
+        tables=tuple(number[cell] for cell in update.tables[low:high]),
         states=update.states[low * count : high * count],
         steps=update.steps[low:high],
         slots=update.slots[low:high],

@@ -4,14 +4,14 @@ All go as messages between the ranks concerned, in one all-to-all for all tables
 known from the plan, so only numbers of rows go ahead.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from shardwise.ops.lookup import RowGrads, sum_rows
+from shardwise.ops.lookup import BadIds, Ids, Pooling, RowGrads, row_grads
+from shardwise.ops.permute import permute_segments
 from shardwise.sharding.layout import Cell
 from shardwise.sharding.placement import Placement
 from shardwise.sharding.wire import Wire
@@ -20,187 +20,136 @@ from shardwise.sharding.wire import Wire
 class Replicas:
     """Adds the gradients of replicas up, so that all apply the same.
 
-    Per slice all its holders choose alike, from the numbers of rows, what sends fewer bytes: each
-    row's gradient to all, added in rank order; or dense gradients, each holder adding one part of
-    the rows and sending the sums to all.
+    Of a slice on two ranks each sends the other its rows. With more of them, each holder adds up
+    one part of the rows, in rank order, and sends the sums to all: never more bytes than those of
+    dense gradients, and fewer than all rows to all once one row in n is touched on several ranks.
 
     Args:
         cells: The slices of this rank.
         placements: Of all tables.
         wire: Connects the ranks.
         path: The collection's, for messages.
+
+    Attributes:
+        numbers: Those of `cells` that have replicas.
+        features: What `merge` gives gradients of: a lookup of these slices without pooling.
     """
 
     def __init__(
         self, cells: Sequence[Cell], placements: Sequence[Placement], wire: Wire, path: str
     ) -> None:
-        """Find the slices with replicas."""
+        """Find the slices with replicas, and who must hear of them."""
         self._wire, self._path = wire, path
-        self._cells = [(i, cell) for i, cell in enumerate(cells) if len(cell.replicas) > 1]
-        for _, cell in self._cells:
+        counts = {len(ranks) for p in placements for row in p.cells for ranks in row}
+        self._are_any, self._by_parts = max(counts, default=1) > 1, max(counts, default=1) > 2
+        self.numbers = [i for i, cell in enumerate(cells) if len(cell.replicas) > 1]
+        own = [cells[i] for i in self.numbers]
+        for cell in own:
             if cell.part.num_rows >= 2**31:
                 raise ValueError(
                     f"table {placements[cell.table].table!r}: a slice of {cell.part.num_rows} rows "
                     f"has replicas on ranks {cell.replicas}; cut it below {2**31} rows"
                 )
-        self._are_any = any(
-            len(ranks) > 1 for placement in placements for row in placement.cells for ranks in row
+        rows = torch.tensor([cell.part.num_rows for cell in own], dtype=torch.int64)
+        self._widths = torch.tensor([c.part.num_columns for c in own], dtype=torch.int64)
+        self.features = _features(self._widths)
+        holders = [torch.tensor(cell.replicas) for cell in own]
+        counts_of = torch.tensor([len(each) for each in holders], dtype=torch.int64)
+        ranks = torch.cat([torch.empty(0, dtype=torch.int64), *holders])  # cell after cell
+        cell_of = torch.arange(len(own)).repeat_interleave(counts_of)
+        place = torch.arange(len(ranks)) - (counts_of.cumsum(0) - counts_of)[cell_of]
+        self._first_keys = rows.cumsum(0) - rows
+        self._part_ends = self._first_keys[cell_of] + (
+            rows[cell_of] * (place + 1) // counts_of[cell_of]
         )
-        self._shared = [
-            [k for k, (_, cell) in enumerate(self._cells) if rank in cell.replicas]
-            for rank in range(wire.world_size if self._cells else 0)
-        ] or [[] for _ in range(wire.world_size)]
+        self._to_parts = ranks.argsort(stable=True)  # by rank, then by cell
+        self._to_all = cell_of[self._to_parts]
+        self._ranks = ranks[self._to_parts]
+        peers, peer_of = self._ranks.unique(return_inverse=True)
+        self._bags = torch.zeros(len(own), len(peers), dtype=torch.int64)
+        self._bags[self._to_all, peer_of] = 1
+        self._num_shared = torch.bincount(self._ranks, minlength=wire.world_size)
 
-    def merge(self, found: Mapping[int, RowGrads], tables: Sequence[Tensor]) -> dict[int, RowGrads]:
-        """Give the gradients summed over all holders; every rank must call this.
+    def merge(
+        self, found: Mapping[int, RowGrads], tables: Sequence[Tensor]
+    ) -> tuple[Tensor, Ids] | None:
+        """Bring together the gradients of all holders; every rank must call this.
 
         Args:
             found: By slice, distinct rows and their gradients.
             tables: The slices of this rank.
+
+        Returns:
+            The gradient of a lookup of the slices `numbers`, and what it has looked up; the same
+            on all holders of a slice. None if there are no such slices here.
         """
-        merged = dict(found)
         if not self._are_any:
-            return merged
-        own = [found[i] for i, _ in self._cells]
-        counts = self._count([rows.numel() for rows, _ in own])
-        is_dense = [
-            sum(each.values()) * (grads.shape[1] * 4 + 4)
-            > 2 * cell.part.num_rows * (grads.shape[1] + 1) * 4
-            for (_, cell), (_, grads), each in zip(self._cells, own, counts, strict=True)
-        ]
-        full = {
-            k: _densify(*own[k], cell.part.num_rows)
-            for k, (_, cell) in enumerate(self._cells)
-            if is_dense[k]
-        }
-        first = self._send_first(own, full, counts)
-        parts = {  # sums in rank order
-            k: reduce(torch.add, [first[rank][k] for rank in self._cells[k][1].replicas])
-            for k in full
-        }
-        second = self._send_parts(parts)
-        for k in full:
-            i, cell = self._cells[k]
-            whole = torch.cat([second[rank][k] for rank in cell.replicas])
-            rows = whole[:, -1].nonzero()[:, 0]
-            merged[i] = rows, whole[rows, :-1]
-        return merged | self._sum_rows(first, tables, [k for k in range(len(own)) if k not in full])
+            return None
+        own = [found[i] for i in self.numbers]
+        if self._by_parts:
+            merged = self._send_rows(own, self._to_parts)
+            own = row_grads(*merged, [tables[i] for i in self.numbers]) if own else own
+        merged = self._send_rows(own, None)
+        return merged if own else None
 
-    def _sum_rows(
-        self, received: Sequence[Mapping[int, Tensor]], tables: Sequence[Tensor], ks: Sequence[int]
-    ) -> dict[int, RowGrads]:
-        """Add up rows that came with their gradients, in rank order."""
-        numbers = [self._cells[k][0] for k in ks]
-        joined = [torch.cat([received[rank][k] for rank in self._cells[k][1].replicas]) for k in ks]
-        rows = [one[:, 0].contiguous().view(torch.int32).long() for one in joined]
-        grads = [one[:, 1:] for one in joined]
-        return dict(zip(numbers, sum_rows([tables[i] for i in numbers], rows, grads), strict=True))
+    def _send_rows(self, own: Sequence[RowGrads], parts: Tensor | None) -> tuple[Tensor, Ids]:
+        """Send rows with their gradients to the holders: all, or to each those of its part."""
+        none = torch.empty(0)
+        rows = torch.cat([none.int(), *(rows.int() for rows, _ in own)])
+        grads = torch.cat([none, *(grads.flatten() for _, grads in own)])
+        sizes = torch.tensor([len(rows) for rows, _ in own], dtype=torch.int64)
+        order, widths = self._to_all, self._widths[self._to_all]
+        segments = self._widths
+        if parts is not None:
+            keys = rows.cpu() + self._first_keys.repeat_interleave(sizes)
+            sizes = torch.searchsorted(keys, self._part_ends).diff(prepend=sizes.new_zeros(1))
+            order, segments = parts, segments.new_empty(len(parts)).index_copy_(0, parts, widths)
+        counts, shared = sizes[order], self._num_shared
+        told = self._send(counts.int().to(rows.device), shared, shared, "numbers of rows")
+        arrived = told.cpu().long()
+        ids = self._send(
+            self._arrange(rows, sizes, order), self._sums(counts), self._sums(arrived), "rows"
+        )
+        flat = self._send(
+            self._arrange(grads, sizes * segments, order),
+            self._sums(counts * widths),
+            self._sums(arrived * widths),
+            "gradients",
+        )
+        offsets = torch.cat([arrived.new_zeros(1), arrived.cumsum(0)]).to(ids.device)
+        call = Ids(ids, offsets, none, False, self.features, self._bags, False, int(BadIds.RAISE))
+        return flat[:, None], call
 
-    def _count(self, own: Sequence[int]) -> list[dict[int, int]]:
-        """Give, per slice with replicas, how many rows each holder has."""
-        sizes = [len(shared) for shared in self._shared]
-        send = torch.tensor([own[k] for shared in self._shared for k in shared], dtype=torch.int64)
-        received = self._send(send, sizes, sizes, "rows of replicas")
-        counts: list[dict[int, int]] = [{} for _ in own]
-        for rank, (shared, part) in enumerate(zip(self._shared, received, strict=True)):
-            for k, count in zip(shared, part.tolist(), strict=True):
-                counts[k][rank] = count
-        return counts
+    def _arrange(self, values: Tensor, sizes: Tensor, order: Tensor) -> Tensor:
+        """Copy segments of some sizes into the order in which they travel."""
+        if order is self._to_all and bool(self._bags.all()):  # the same for every rank
+            sizes, order = sizes.sum().view(1), order.new_zeros(self._bags.shape[1])
+        is_there = sizes > 0
+        place = is_there.cumsum(0) - 1
+        order, sizes = place[order[is_there[order]]], sizes[is_there]
+        lengths = torch.zeros(0, dtype=torch.int32)
+        bags = [0] * len(sizes)
+        return permute_segments(lengths, values, None, order.tolist(), bags, sizes.tolist())[1]
 
-    def _send_first(
-        self,
-        own: Sequence[RowGrads],
-        full: Mapping[int, Tensor],
-        counts: Sequence[Mapping[int, int]],
-    ) -> list[dict[int, Tensor]]:
-        """Exchange rows with their gradients, and the parts of dense gradients."""
-        sparse = {
-            k: torch.cat([rows.int().view(torch.float32)[:, None], grads], 1)
-            for k, (rows, grads) in enumerate(own)
-            if k not in full
-        }
+    def _sums(self, counts: Tensor) -> Tensor:
+        """Add up what goes to, or comes from, each rank."""
+        return counts.new_zeros(self._wire.world_size).index_add_(0, self._ranks, counts)
 
-        def shape(k: int, receiver: int, sender: int) -> tuple[int, int]:
-            cell, width = self._cells[k][1], own[k][1].shape[1] + 1
-            if k not in full:
-                return counts[k][sender], width
-            first, last = _part(cell.part.num_rows, cell.replicas, receiver)
-            return last - first, width
-
-        def piece(k: int, receiver: int) -> Tensor:
-            if k not in full:
-                return sparse[k]
-            cell = self._cells[k][1]
-            return full[k][slice(*_part(cell.part.num_rows, cell.replicas, receiver))]
-
-        return self._exchange(piece, shape, "gradients of replicas")
-
-    def _send_parts(self, parts: Mapping[int, Tensor]) -> list[dict[int, Tensor]]:
-        """Exchange the sums of the parts of dense gradients."""
-
-        def shape(k: int, receiver: int, sender: int) -> tuple[int, int]:
-            if k not in parts:
-                return 0, 1
-            cell = self._cells[k][1]
-            first, last = _part(cell.part.num_rows, cell.replicas, sender)
-            return last - first, parts[k].shape[1]
-
-        def piece(k: int, receiver: int) -> Tensor:
-            return parts[k] if k in parts else torch.empty(0, 1)
-
-        return self._exchange(piece, shape, "sums of replicas")
-
-    def _exchange(
-        self,
-        piece: Callable[[int, int], Tensor],
-        shape: Callable[[int, int, int], tuple[int, int]],
-        tag: str,
-    ) -> list[dict[int, Tensor]]:
-        """Send each holder `piece(slice, receiver)`; give what each rank sent, by slice.
-
-        What is received has `shape(slice, receiver, sender)`.
-        """
-        me, ranks = self._wire.rank, range(self._wire.world_size)
-        sends = [[piece(k, rank).reshape(-1) for k in self._shared[rank]] for rank in ranks]
-        shapes = [[shape(k, me, rank) for k in self._shared[rank]] for rank in ranks]
-        flat = torch.cat([torch.empty(0), *(part for parts in sends for part in parts)])
-        send_sizes = [sum(part.numel() for part in parts) for parts in sends]
-        receive_sizes = [sum(rows * width for rows, width in each) for each in shapes]
-        received = self._send(flat, send_sizes, receive_sizes, tag)
-        result = []
-        for rank in ranks:
-            pieces = received[rank].split([rows * width for rows, width in shapes[rank]])
-            shaped = [p.view(each) for p, each in zip(pieces, shapes[rank], strict=True)]
-            result.append(dict(zip(self._shared[rank], shaped, strict=True)))
-        return result
-
-    def _send(
-        self, send: Tensor, sizes: Sequence[int], receive_sizes: Sequence[int], tag: str
-    ) -> tuple[Tensor, ...]:
-        pending = self._wire.all_to_all(
+    def _send(self, send: Tensor, sizes: Tensor, receive_sizes: Tensor, what: str) -> Tensor:
+        return self._wire.all_to_all(
             send,
-            sizes,
-            receive_sizes,
-            tag=f"{tag} of {self._path}",
+            sizes.tolist(),
+            receive_sizes.tolist(),
+            tag=f"{what} of replicas of {self._path}",
             lane="answers",
             is_agreed=True,
-        )
-        parts: tuple[Tensor, ...] = pending.wait().split(list(receive_sizes))
-        return parts
+        ).wait()
 
 
-def _densify(rows: Tensor, grads: Tensor, num_rows: int) -> Tensor:
-    """Give gradients of all rows, and in the last column whether a row has one."""
-    full = torch.zeros(num_rows, grads.shape[1] + 1)
-    full[rows, :-1] = grads
-    full[rows, -1] = 1
-    return full
-
-
-def _part(num_rows: int, replicas: Sequence[int], rank: int) -> tuple[int, int]:
-    """Give the rows whose gradients one of the holders adds up."""
-    place, count = replicas.index(rank), len(replicas)
-    return num_rows * place // count, num_rows * (place + 1) // count
+def _features(widths: Tensor) -> Tensor:
+    """Describe a lookup without pooling of slices of these widths."""
+    numbers = torch.arange(len(widths))
+    return torch.stack([numbers, numbers, torch.full_like(numbers, Pooling.NONE), widths], 1)
 
 
 class Transfer(NamedTuple):

@@ -54,8 +54,8 @@ def rule(name: str, tables: tuple[int, ...] = (0, 1, 2, 3), **options) -> Update
 def test_element_wise_rules_wait_for_replicas_only(owners):
     way = owners.plan_backward([rule("adam")], is_sparse=False)
     assert way.explicit == {EVERYWHERE}
-    assert [update.tables for update in way.last] == [(EVERYWHERE,)]
-    assert way.last[0].complete is None
+    assert [update.tables for update in way.replicas.way.updates] == [(0,)]  # of the replicas
+    assert way.last == ()
 
 
 def test_rules_with_row_sums_wait_for_cut_rows_too(owners):
@@ -67,7 +67,8 @@ def test_rules_with_row_sums_wait_for_cut_rows_too(owners):
 def test_parts_of_a_rule_share_its_states_and_steps(owners):
     update = rule("adam")
     way = owners.plan_backward([update], is_sparse=False)
-    parts = [*way.last, *(u for region in way.regions.values() for u in region.way.updates)]
+    regions = [way.replicas, *way.regions.values()]
+    parts = [*way.last, *(update for region in regions for update in region.way.updates)]
     for part in parts:
         part.steps.add_(1)
     assert update.steps.tolist() == [1, 1, 1, 1]

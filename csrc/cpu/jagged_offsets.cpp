@@ -5,8 +5,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "copies.h"
 #include "kernels.h"
-#include "tasks.h"
+#include "results.h"
 
 namespace shardwise::cpu {
 namespace {
@@ -20,19 +21,21 @@ T next(T offset, T length) {
   return static_cast<T>(static_cast<Bits>(offset) + static_cast<Bits>(length));
 }
 
+// Eight at a time, so that the running sum waits for one addition and not for eight.
 template <typename T>
 void run_sum(const T* lengths, int64_t count, T start, T* offsets) {
-  for (int64_t i = 0; i < count; ++i) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    T sums[8] = {lengths[i]};
+    for (int64_t k = 1; k < 8; ++k) sums[k] = next(sums[k - 1], lengths[i + k]);
+    offsets[i] = start;
+    for (int64_t k = 1; k < 8; ++k) offsets[i + k] = next(start, sums[k - 1]);
+    start = next(start, sums[7]);
+  }
+  for (; i < count; ++i) {
     offsets[i] = start;
     start = next(start, lengths[i]);
   }
-}
-
-template <typename T>
-T total(const T* lengths, int64_t count) {
-  T sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum = next(sum, lengths[i]);
-  return sum;
 }
 
 template <typename T>
@@ -47,7 +50,7 @@ void fill_offsets(const Tensor& lengths, const Tensor& offsets) {
   const auto size = [&](int64_t block) { return std::min(length, count - block * length); };
   std::vector<T> sums(blocks), starts(blocks + 1);
   if (!is_small) {
-    run_tasks(blocks, false, [&](int64_t b) { sums[b] = total(from + b * length, size(b)); });
+    run_tasks(blocks, false, [&](int64_t b) { sums[b] = static_cast<T>(sum_of(from + b * length, size(b))); });
   }
   run_sum(sums.data(), blocks, T{0}, starts.data());
   run_tasks(blocks, is_small, [&](int64_t b) {
@@ -65,7 +68,7 @@ void offsets_from_lengths(StableIValue* stack, uint64_t, uint64_t) {
   if (!lengths.is_contiguous() || (dtype != DType::kInt32 && dtype != DType::kInt64)) {
     throw std::runtime_error("offsets_from_lengths: lengths must be contiguous int32 or int64");
   }
-  Tensor offsets = Tensor::empty({lengths.numel() + 1}, lengths.dtype_code());
+  Tensor offsets = make_result({lengths.numel() + 1}, lengths.dtype_code());
   if (dtype == DType::kInt32) {
     fill_offsets<int32_t>(lengths, offsets);
   } else {

@@ -1,6 +1,7 @@
 // Permute the segments of lengths, values and weights; a segment is a run of bags.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -25,22 +26,34 @@ Counts starts_of(const Counts& counts) {
   return starts;
 }
 
+// Copies the lengths of a permutation and adds up those of each segment, in pieces that stay in the
+// cache in between.
 template <typename T>
-Counts sum_segments(const T* lengths, const Counts& bags) {
+Counts copy_and_count(const T* from, const Counts& bags, const Counts& order, T* to) {
+  constexpr int64_t kPiece = 2048;
   const Counts starts = starts_of(bags);
-  Counts sums(bags.size());
+  Counts counts(bags.size()), places(bags.size());
+  for (int64_t place = 0; const int64_t s : order) {
+    places[s] = place;
+    place += bags[s];
+  }
   run_tasks(static_cast<int64_t>(bags.size()), starts.back() < 65536, [&](int64_t s) {
-    sums[s] = std::accumulate(lengths + starts[s], lengths + starts[s + 1], int64_t{0});
+    for (int64_t done = 0; done < bags[s]; done += kPiece) {
+      const T* piece = from + starts[s] + done;
+      const int64_t size = std::min(kPiece, bags[s] - done);
+      std::memcpy(to + places[s] + done, piece, size * sizeof(T));
+      counts[s] += sum_of(piece, size);
+    }
   });
-  return sums;
+  return counts;
 }
 
-Counts count_values(const Tensor& lengths, const Counts& bags) {
-  switch (lengths.dtype()) {
+Counts copy_and_count(const Tensor& from, const Counts& bags, const Counts& order, Tensor& to) {
+  switch (from.dtype()) {
     case DType::kInt32:
-      return sum_segments(lengths.data<int32_t>(), bags);
+      return copy_and_count(from.data<int32_t>(), bags, order, to.mutable_data<int32_t>());
     case DType::kInt64:
-      return sum_segments(lengths.data<int64_t>(), bags);
+      return copy_and_count(from.data<int64_t>(), bags, order, to.mutable_data<int64_t>());
     default:
       refuse("lengths must be int32 or int64");
   }
@@ -83,6 +96,24 @@ Tensor gather(const Tensor& from, const Counts& counts, const Counts& order, Cop
   return to;
 }
 
+// Finds the counts where they are not known.
+Tensor copy_lengths(const Tensor& lengths, const Counts& bags, const Counts& order, Counts& counts,
+                    Copies& copies) {
+  if (std::find(counts.begin(), counts.end(), -1) == counts.end()) {
+    return gather(lengths, bags, order, copies);
+  }
+  Counts sorted = order;
+  std::sort(sorted.begin(), sorted.end());
+  for (size_t s = 0; s < std::max(sorted.size(), bags.size()); ++s) {
+    if (s >= sorted.size() || sorted[s] != static_cast<int64_t>(s)) {
+      refuse("counts must be known where the order is no permutation");
+    }
+  }
+  Tensor moved = make_result({lengths.numel()}, lengths.dtype_code());
+  counts = copy_and_count(lengths, bags, order, moved);
+  return moved;
+}
+
 }  // namespace
 
 void permute_segments(StableIValue* stack, uint64_t, uint64_t) {
@@ -92,8 +123,13 @@ void permute_segments(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor weights = arguments.tensor();
   const bool is_weighted = arguments.boolean();
   const Counts order = arguments.integers();
-  const Counts bags = arguments.integers();
+  Counts bags = arguments.integers();
   Counts counts = arguments.integers();
+  // One number may stand for all segments: long lists cost more than what they describe.
+  if (bags.size() == 1 && bags[0] > 0 && lengths.numel() % bags[0] == 0) {
+    bags.assign(lengths.numel() / bags[0], bags[0]);
+  }
+  if (counts.size() == 1 && counts[0] == -1) counts.assign(bags.size(), -1);
   const auto num_segments = static_cast<int64_t>(bags.size());
   if (!lengths.is_contiguous() || !values.is_contiguous() || !weights.is_contiguous()) {
     refuse("tensors must be contiguous");
@@ -103,13 +139,11 @@ void permute_segments(StableIValue* stack, uint64_t, uint64_t) {
   }
   if (counts.size() != bags.size()) refuse("bags and counts must be for the same segments");
   check_counts(bags, lengths.numel(), "lengths");
-  const bool is_known = std::find(counts.begin(), counts.end(), -1) == counts.end();
-  if (!is_known) counts = count_values(lengths, bags);
+  Copies copies;
+  Tensor new_lengths = copy_lengths(lengths, bags, order, counts, copies);
   check_counts(counts, values.size(0), "values");
   if (is_weighted) check_counts(counts, weights.size(0), "weights");
 
-  Copies copies;
-  Tensor new_lengths = gather(lengths, bags, order, copies);
   Tensor new_values = gather(values, counts, order, copies);
   const Counts none;
   Tensor new_weights = gather(weights, is_weighted ? counts : none, is_weighted ? order : none,

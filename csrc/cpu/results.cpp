@@ -11,7 +11,8 @@ namespace shardwise::cpu {
 namespace {
 
 constexpr size_t kPage = size_t{2} << 20;
-constexpr size_t kLarge = 2 * kPage;
+constexpr size_t kStep = size_t{64} << 10;    // of sizes below a page
+constexpr size_t kLarge = size_t{128} << 10;  // from here on results keep their memory
 constexpr size_t kMostIdle = size_t{256} << 20;
 
 // Blocks that no tensor uses at the moment, the one freed last at the end.
@@ -19,9 +20,10 @@ class IdleBlocks {
  public:
   // The smallest block that fits and is not twice too large, or a fresh one. `bytes` becomes its size.
   void* take(size_t* bytes) {
-    *bytes = (*bytes + kPage - 1) / kPage * kPage;
+    const size_t unit = *bytes < kPage ? kStep : kPage;
+    *bytes = (*bytes + unit - 1) / unit * unit;
     if (void* data = reuse(bytes)) return data;
-    void* data = std::aligned_alloc(kPage, *bytes);
+    void* data = std::aligned_alloc(unit, *bytes);
     if (data == nullptr) throw std::bad_alloc();
     advise_huge_pages(data, *bytes);
     return data;

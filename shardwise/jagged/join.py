@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def join_weights(names: Sequence[str], weights: Sequence[Tensor | None]) -> Tensor | None:
+def join_weights(names: Sequence[object], weights: Sequence[Tensor | None]) -> Tensor | None:
     """Join the weights, or give None where there are none at all.
 
     Raises:

@@ -155,7 +155,6 @@ class KeyedJaggedTensor(KeyedBags):
         """
         if not kjt_list:
             raise ValueError("concat: needs at least one KeyedJaggedTensor, got none")
-        names = [f"of keys {kjt.keys()}" for kjt in kjt_list]
         first = kjt_list[0]
         is_variable = first.variable_stride_per_key()
         if any(kjt.variable_stride_per_key() != is_variable for kjt in kjt_list):
@@ -166,7 +165,9 @@ class KeyedJaggedTensor(KeyedBags):
         return KeyedJaggedTensor(
             keys=[key for kjt in kjt_list for key in kjt._keys],
             values=torch.cat([kjt.values() for kjt in kjt_list]),
-            weights=join_weights(names, [kjt.weights_or_none() for kjt in kjt_list]),
+            weights=join_weights(
+                [kjt._keys for kjt in kjt_list], [kjt.weights_or_none() for kjt in kjt_list]
+            ),
             lengths=torch.cat([kjt.lengths().reshape(-1) for kjt in kjt_list]),
             stride=None if is_variable else first.stride(),
             stride_per_key_per_rank=(

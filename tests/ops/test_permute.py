@@ -101,3 +101,16 @@ def test_permute_passes_opcheck(order: list[int]) -> None:
     bags = [3, 1, 4]
     lengths, values, weights, counts = make(bags)
     torch.library.opcheck(OPERATOR, (lengths, values, weights, True, order, bags, counts))
+
+
+@pytest.mark.parametrize("counts", [[-1], [3, 3, 3]], ids=["unknown", "known"])
+def test_one_number_of_bags_holds_for_all_segments(counts: list[int]) -> None:
+    lengths, values = torch.tensor([1, 2, 3, 0, 2, 1]), torch.arange(9)
+    arguments = (lengths, values, torch.empty(0), False, [2, 0, 1])
+    packed = OPERATOR(*arguments, [2], counts)
+    for left, right in zip(packed, OPERATOR(*arguments, [2, 2, 2], [3, 3, 3]), strict=True):
+        assert torch.equal(left, right)
+    for left, right in zip(
+        packed, reference.permute_segments(*arguments, [2], counts), strict=True
+    ):
+        assert torch.equal(left, right)

@@ -17,9 +17,16 @@ def _is_permutation(order: Sequence[int], num_segments: int) -> bool:
     return sorted(order) == list(range(num_segments))
 
 
-def _is_known(counts: Sequence[int]) -> bool:
-    # No empty list stands for unknown counts: AOTInductor packages an empty list as None.
-    return not (len(counts) > 0 and isinstance(counts[0], int) and counts[0] == -1)
+def _pack(bags: Sequence[int], counts: Sequence[int] | None) -> tuple[list[int], list[int]]:
+    """Give both as the operator takes them: one number for all where it says as much.
+
+    A long list costs more than what it describes. Unknown counts are -1; no empty list stands for
+    them, since AOTInductor packages it as None.
+    """
+    is_alike = len(bags) > 0 and all(type(count) is int for count in (bags[0], bags[-1]))
+    if is_alike and bags[0] > 0 and list(bags).count(bags[0]) == len(bags):
+        bags = bags[:1]
+    return list(bags), [-1] if counts is None else list(counts)
 
 
 def _fake(
@@ -31,31 +38,36 @@ def _fake(
     bags: Sequence[int],
     counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size = sum(counts[s] for s in order) if _is_known(counts) else values.shape[0]
+    is_known = not (len(counts) > 0 and isinstance(counts[0], int) and counts[0] == -1)
+    size = sum(counts[s] for s in order) if is_known else values.shape[0]
+    num_bags = bags[0] * len(order) if len(bags) == 1 else sum(bags[s] for s in order)
     return (
         weights.new_empty((size if is_weighted else 0, *weights.shape[1:])),
         values.new_empty((size, *values.shape[1:])),
-        lengths.new_empty(sum(bags[s] for s in order)),
+        lengths.new_empty(num_bags),
     )
 
 
+# The weights come first: opcheck adds up the outputs, and only floats may be added to.
 _permute_segments = register("permute_segments", reference=reference.permute_segments, fake=_fake)
 
 
 def _keep_layout(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[2])
+    ctx.num_bags = inputs[0].numel()
     ctx.layout = inputs[3:]
 
 
 def _grads(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     """Put the gradient of the weights back in place; what a repeated segment got is summed."""
     is_weighted, order, bags, counts = ctx.layout
+    num_segments = len(bags) if len(bags) != 1 or bags[0] == 0 else ctx.num_bags // bags[0]
     if not is_weighted:
         grads = None
-    elif _is_permutation(order, len(bags)):
+    elif _is_permutation(order, num_segments):
         (lengths,) = ctx.saved_tensors
-        inverse = sorted(range(len(bags)), key=order.__getitem__)
-        moved = [[part[s] for s in order] for part in (bags, counts)]
+        inverse = sorted(range(num_segments), key=order.__getitem__)
+        moved = [part if len(part) == 1 else [part[s] for s in order] for part in (bags, counts)]
         no_weights = grad.new_empty(0)
         _, grads, _ = _permute_segments(
             lengths, grad.contiguous(), no_weights, False, inverse, *moved
@@ -108,14 +120,13 @@ def permute_segments(
     narrow = lengths.dtype
     if narrow not in (torch.int32, torch.int64):
         lengths = lengths.to(torch.int32)
-    # The weights come first: opcheck adds up the outputs, and only floats may be added to.
-    permuted = _permute_segments(
-        lengths.contiguous(),
-        values.contiguous(),
-        values.new_empty(0) if weights is None else weights.contiguous(),
-        weights is not None,
-        order,
-        bags,
-        [-1] * len(bags) if counts is None else counts,
-    )
-    return permuted[2].to(narrow), permuted[1], None if weights is None else permuted[0]
+    none = values.new_empty(0) if weights is None else weights.contiguous()
+    tensors = lengths.contiguous(), values.contiguous(), none
+    arguments = (*tensors, weights is not None, order, *_pack(bags, counts))
+    if weights is None and not torch.compiler.is_compiling():
+        with torch._C._AutoDispatchBelowAutograd():  # the way through autograd takes 10 µs
+            permuted = _permute_segments(*arguments)
+    else:
+        permuted = _permute_segments(*arguments)
+    moved_lengths = permuted[2] if lengths.dtype == narrow else permuted[2].to(narrow)
+    return moved_lengths, permuted[1], None if weights is None else permuted[0]

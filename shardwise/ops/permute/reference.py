@@ -24,7 +24,12 @@ def permute_segments(
     bags: Sequence[int],
     counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy the segments `order`; give weights, values and lengths."""
+    """Copy the segments `order`; give weights, values and lengths.
+
+    One positive number of `bags` holds for all segments; -1 among `counts` leaves all to be found.
+    """
+    if len(bags) == 1 and bags[0] > 0:
+        bags = [bags[0]] * (lengths.numel() // bags[0])
     if -1 in counts:
         counts = [int(part.sum()) for part in torch.split(lengths, list(bags))]
     positions = _spans(counts, order, values.device)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,10 +171,16 @@ def _plan_module(plan: Plan, module: nn.Module, name: str, saved: Any) -> None:
     rest = {key: one for key, one in saved.items() if key in others}
     there = set(names_in(saved)) - set(names_in(rest))
     _pair(plan, here, there, name)
-    if others and plan.is_strict and (missing := sorted(others.keys() - rest.keys())):
+    missing = sorted(others.keys() - rest.keys())
+    if missing and plan.is_strict and plan.only is None:
         raise ValueError(f"checkpoint {plan.files.name}: {name!r} lacks {missing}")
     if rest and (plan.only is None or any(map(plan.wants, names_in(rest)))):
         plan.then.append(lambda: module.load_state_dict(decode(rest, plan.read), strict=False))
+    plan.then += [
+        partial(parameter.delta_store.mark, None)
+        for parameter in module.parameters()
+        if hasattr(parameter, "delta_store")  # its rows are tracked: all may have changed
+    ]
 
 
 def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:

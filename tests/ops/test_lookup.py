@@ -356,6 +356,13 @@ def test_update_equals_reference_at_every_batch_size(bags):
     check_update(case, make_update(case, RULES[2]))
 
 
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_rows_of_known_widths_that_occur_once_and_often_equal_reference(rule, width):
+    case = make_case([(1000, width), (20_000, width)], bags=100, longest=12)
+    check_update(case, make_update(case, rule))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1.2e4])
 def test_stochastic_rounding_has_the_same_bits_as_the_reference(dtype, scale):

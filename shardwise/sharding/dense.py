@@ -7,8 +7,9 @@ touches the slices of tables.
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from shardwise.sharding.shard import hide_from_ddp, sharded_names
 
@@ -39,7 +40,9 @@ def dense_parallel(
         return model
     if how == "ddp":
         hide_from_ddp(model, hidden)
-        return nn.parallel.DistributedDataParallel(model, process_group=group, **options)
+        copied = nn.parallel.DistributedDataParallel(model, process_group=group, **options)
+        _settle_buckets(copied, [one for one in dense.values() if one.requires_grad])
+        return copied
     group = group or dist.group.WORLD
     assert group is not None, "torch.distributed is initialised"
     buffers = [buffer for name, buffer in model.named_buffers() if name not in hidden]
@@ -54,3 +57,29 @@ def dense_parallel(
     options.setdefault("mesh", DeviceMesh.from_group(group, kind))
     fully_shard(model, ignored_params=ignored, **options)
     return model
+
+
+class _Nothing(nn.Module):
+    """Gives 0, and each parameter a gradient of 0, the last one first."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self._parameters_of_others = parameters
+
+    def forward(self) -> Tensor:
+        return torch.stack([one.sum() for one in self._parameters_of_others]).sum() * 0
+
+
+def _settle_buckets(copied: nn.parallel.DistributedDataParallel, dense: list[nn.Parameter]) -> None:
+    """Let DDP choose now how it joins gradients to messages, which it does after a first backward.
+
+    Where in a message a gradient lies decides in which order three ranks or more are added up; so a
+    run that goes on from a checkpoint would else differ in the last digit from one that never
+    stopped.
+    """
+    copied.module, model = _Nothing(dense), copied.module
+    copied.require_forward_param_sync = False  # it would look for the model's buffers
+    copied().backward()
+    copied.module, copied.require_forward_param_sync = model, True
+    for parameter in dense:
+        parameter.grad = None

@@ -101,3 +101,34 @@ def wrap_without_dense(rank, world_size):
 
 def test_model_without_a_dense_part_stays_as_it_is(ranks):
     assert ranks(2, wrap_without_dense) == [True, True]
+
+
+class OutOfOrder(nn.Module):
+    """Uses its layers in another order than it names them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(7, 7) for _ in range(5)])
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        for number in (3, 1, 4, 0, 2):
+            values = self.layers[number](values).tanh()
+        return values.square().mean()
+
+
+def later_and_first_gradients(rank: int, world_size: int) -> list[tuple[torch.Tensor, ...]]:
+    values = torch.randn(4, 7) * (rank + 0.1)
+    gradients = []
+    for num_backwards in (3, 1):
+        torch.manual_seed(0)
+        model = dense_parallel(OutOfOrder())
+        for _ in range(num_backwards):
+            model.zero_grad()
+            model(values).backward()
+        gradients.append(torch.cat([one.grad.flatten() for one in model.parameters()]))
+    return list(zip(*gradients, strict=True))
+
+
+def test_ddp_adds_in_one_order_from_the_first_step_on(ranks):
+    for pairs in ranks(3, later_and_first_gradients):
+        assert all(later == first for later, first in pairs)

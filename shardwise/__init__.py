@@ -27,6 +27,7 @@ from shardwise.checkpoint import (
     load_checkpoint,
     load_rows,
     load_safetensors,
+    load_torchrec_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
@@ -481,6 +482,7 @@ __all__ = [
     "load_checkpoint",
     "load_rows",
     "load_safetensors",
+    "load_torchrec_checkpoint",
     "log_loss",
     "maybe_td_to_kjt",
     "movielens_20m",

@@ -16,6 +16,7 @@ from shardwise.checkpoint.folder import find_checkpoint, list_checkpoints
 from shardwise.checkpoint.random_state import PerRank, RandomState
 from shardwise.checkpoint.rows import load_rows
 from shardwise.checkpoint.safetensors import export_safetensors, load_safetensors
+from shardwise.checkpoint.torchrec import load_torchrec_checkpoint
 
 __all__ = [
     "Checkpoints",
@@ -28,6 +29,7 @@ __all__ = [
     "load_checkpoint",
     "load_rows",
     "load_safetensors",
+    "load_torchrec_checkpoint",
     "read_checkpoint",
     "read_values",
     "save_checkpoint",

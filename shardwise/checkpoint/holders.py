@@ -6,18 +6,19 @@ from contextlib import AbstractContextManager, nullcontext
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.sharding.model_parallel import get_unwrapped_module
 from shardwise.sharding.sliced import SlicedTensor
 from shardwise.sharding.wire import Wire
 
 
 def tensors_of(model_or_state: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the state by name.
+    """Give the state by name, of a model without `DistributedModelParallel` and DDP.
 
     Raises:
         TypeError: Something in it is no tensor.
     """
     if isinstance(model_or_state, nn.Module):
-        model_or_state = model_or_state.state_dict()
+        model_or_state = get_unwrapped_module(model_or_state).state_dict()
     for name, value in model_or_state.items():
         if not isinstance(value, Tensor):
             raise TypeError(

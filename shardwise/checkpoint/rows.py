@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shardwise.checkpoint.source import PIECE_BYTES, Here, blocks_here
 from shardwise.checkpoint.tensor_file import TensorFile
+from shardwise.sharding.model_parallel import get_unwrapped_module
 
 _Array = Shaped[np.ndarray, "..."]
 
@@ -42,7 +43,7 @@ def load_rows(
         FileNotFoundError: There is no such file.
         ValueError: There is no such table, or rows or ids do not fit it; nothing has changed.
     """
-    state = model.state_dict()
+    state = get_unwrapped_module(model).state_dict()
     if table not in state or not isinstance(state[table], Tensor) or state[table].dim() != 2:
         known = [n for n, v in state.items() if isinstance(v, Tensor) and v.dim() == 2]
         raise ValueError(f"the model has no table {table!r}; it has {known}")

@@ -46,6 +46,7 @@ from shardwise.sharding.plan import (
     construct_module_sharding_plan,
     place_tables,
 )
+from shardwise.sharding.reshard import ReshardReport, reshard, reshard_cost
 from shardwise.sharding.shard import shard, sharded_parameters
 from shardwise.sharding.sharded_modules import (
     ShardedEmbeddingBagCollection,
@@ -88,6 +89,7 @@ __all__ = [
     "ParameterSharding",
     "Placement",
     "QCommsConfig",
+    "ReshardReport",
     "ShardedEmbeddingBagCollection",
     "ShardedEmbeddingCollection",
     "ShardedFeatureProcessedEmbeddingBagCollection",
@@ -119,6 +121,8 @@ __all__ = [
     "in_step",
     "place_tables",
     "plan_hash",
+    "reshard",
+    "reshard_cost",
     "row_wise",
     "shard",
     "shard_modules",

@@ -91,6 +91,7 @@ class Exchange:
     Attributes:
         cells: The slices that lie here, in the order in which calls take them; of a table that
             has none here, one without rows.
+        codecs: How vectors are written into messages.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Exchange:
     ) -> None:
         """Lay the exchange out; every rank must."""
         self._features, self._wire = features, wire
+        self.codecs = codecs or Codecs()
         self._layout = layout = lay_out(features, placements, Ranks(wire.rank, wire.hosts))
         self.cells: list[Cell] = layout.cells
         self._tables = [placement.table for placement in placements]
@@ -117,7 +119,7 @@ class Exchange:
             second = None
             if layout.relay is not None:
                 second = Hop(layout.relay, layout.relayed, host, f"relay of {name}", Codecs())
-            self._hop = Hop(layout.hop, layout.owned, wire, name, codecs or Codecs(), second)
+            self._hop = Hop(layout.hop, layout.owned, wire, name, self.codecs, second)
             self._hops = [self._hop] if second is None else [self._hop, second]
         self._owners = Owners(layout, placements, wire, name)
         is_local = torch.tensor(layout.is_everywhere, dtype=torch.bool)

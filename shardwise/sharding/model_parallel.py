@@ -11,7 +11,9 @@ from shardwise.optim import CombinedOptimizer, KeyedOptimizer
 from shardwise.sharding.balance import balanced_plan
 from shardwise.sharding.dense import dense_parallel
 from shardwise.sharding.environment import ShardingEnv
-from shardwise.sharding.plan import ShardingPlan
+from shardwise.sharding.parameter_sharding import ParameterSharding
+from shardwise.sharding.plan import EmbeddingModuleShardingPlan, ShardingPlan
+from shardwise.sharding.reshard import ReshardReport, reshard
 from shardwise.sharding.shard import default_env, shard_planned, sharded_collections, sharded_names
 from shardwise.sharding.sharded_modules import make_lazy
 from shardwise.sharding.sharders import ModuleSharder, get_default_sharders
@@ -184,6 +186,30 @@ class DistributedModelParallel(nn.Module):
         if not self._is_wrapped and self._env.world_size > 1:
             self._wrapper.wrap(self, self._env, self.device)
         self._is_wrapped = True
+
+    def reshard(
+        self, sharded_module_fqn: str, changed_shard_to_params: Mapping[str, ParameterSharding]
+    ) -> ReshardReport:
+        """Move some tables of one collection, see `shardwise.sharding.reshard`.
+
+        Args:
+            sharded_module_fqn: The collection's path in the plan.
+            changed_shard_to_params: Where those tables are to lie, by name.
+
+        Raises:
+            ValueError: The plan has no such collection, or no such table.
+        """
+        plan = self._plan.plan.get(sharded_module_fqn, EmbeddingModuleShardingPlan())
+        unknown = sorted(set(changed_shard_to_params) - set(plan))
+        if unknown or not plan:
+            raise ValueError(
+                f"reshard: the plan has collections {sorted(self._plan.plan)}, that of "
+                f"{sharded_module_fqn!r} has no tables {unknown}"
+            )
+        changed = EmbeddingModuleShardingPlan({**plan, **changed_shard_to_params})
+        report = reshard(self.module, ShardingPlan({sharded_module_fqn: changed}))
+        self._plan = ShardingPlan({**self._plan.plan, sharded_module_fqn: changed})
+        return report
 
     def bare_named_parameters(
         self, prefix: str = "", recurse: bool = True

@@ -92,7 +92,7 @@ def shard_planned(
     found: dict[str, tuple[TableCollection, Codecs]] = {}
     placements: dict[str, list[Placement]] = {}
     with wire.together("shard"):
-        for planned_path, path, collection, own_plan in _planned(module, plan):
+        for planned_path, path, collection, own_plan in planned_collections(module, plan):
             sharder = sharder_of(planned_path)
             is_pooled = isinstance(collection, EmbeddingBagCollection)
             if sharder is not None:
@@ -121,10 +121,15 @@ def default_env() -> ShardingEnv:
     return ShardingEnv.from_process_group(group)
 
 
-def _planned(
-    module: nn.Module, plan: ShardingPlan | CollectionPlan
+def planned_collections(
+    module: nn.Module, plan: ShardingPlan | CollectionPlan, *, are_sharded: bool = False
 ) -> Iterator[tuple[str, str, TableCollection, CollectionPlan]]:
-    """Give, for each path in the plan, the path of its collection, that collection and its plan."""
+    """Give, for each path in the plan, the path of its collection, that collection and its plan.
+
+    Raises:
+        ValueError: A path is not of one collection, one is sharded already, or not yet, or one that
+            has an update rule is not named.
+    """
     holders = dict(table_holders(module))
     plans = plan.plan if isinstance(plan, ShardingPlan) else {"": plan}
     planned = set()
@@ -137,10 +142,17 @@ def _planned(
             )
         collection = holders[inside[0]]
         assert isinstance(collection, TableCollection), "other modules hold no tables"
-        if isinstance(collection.layout, ManyRanks):
-            raise ValueError(f"collection {inside[0]!r} is sharded already; it can be once")
+        if isinstance(collection.layout, ManyRanks) != are_sharded:
+            fault = (
+                "is not sharded; call `shard`"
+                if are_sharded
+                else "is sharded already; call `reshard`"
+            )
+            raise ValueError(f"collection {inside[0]!r} {fault}")
         planned.add(inside[0])
         yield path, inside[0], collection, own_plan
+    if are_sharded:
+        return
     for path, holder in holders.items():
         if path not in planned and any(map(is_owned, holder.table_parameters().values())):
             raise ValueError(
@@ -168,6 +180,14 @@ def _move(collection: TableCollection, layout: ManyRanks, device: torch.device |
     collection.move(stores, layout)
     for whole in wholes:
         retire(whole.weight, f"table {whole.config.name!r} as it was before `shard` cut it")
+    own_slices(stores, layout)
+    keep_whole_state(collection)
+    if not is_drawn:
+        equalize(stores, layout.placements, layout.wire)
+
+
+def own_slices(stores: Sequence[Store], layout: ManyRanks) -> None:
+    """Tell optimizers whose the slices here are."""
     exchange = layout.exchange
     for number, (store, cell) in enumerate(zip(stores, exchange.cells, strict=True)):
         is_counted = cell.replicas[0] == layout.wire.rank
@@ -177,9 +197,6 @@ def _move(collection: TableCollection, layout: ManyRanks, device: torch.device |
             store.weight,
             SliceOwner(layout.wire, is_counted, number, exchange.whole_rows, parts, join),
         )
-    keep_whole_state(collection)
-    if not is_drawn:
-        equalize(stores, layout.placements, layout.wire)
 
 
 def _default_device() -> torch.device:

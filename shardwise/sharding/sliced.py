@@ -41,6 +41,34 @@ class Block:
         return whole
 
 
+def blocks_of(placement: Placement, *, is_per_row: bool, rest: Sizes = ()) -> list[Block]:
+    """List the blocks of a value that lies as a table does.
+
+    Args:
+        placement: Where the table lies.
+        is_per_row: Whether the value has, for each row, something other than an element per column.
+        rest: The sizes of that.
+    """
+    if not is_per_row:
+        return [
+            Block(
+                (one.rows[0], one.columns[0]),
+                (one.rows[1] - one.rows[0], one.columns[1] - one.columns[0]),
+                one.ranks,
+            )
+            for one in placement.slices()
+        ]
+    cuts = zip(placement.row_cuts[:-1], placement.row_cuts[1:], placement.cells, strict=True)
+    return [
+        Block(
+            (first, *(0 for _ in rest)),
+            (last - first, *rest),
+            tuple(sorted({rank for cell in row for rank in cell})),
+        )
+        for first, last, row in cuts
+    ]
+
+
 @dataclass(frozen=True)
 class Local:
     """A block that lies here."""
@@ -89,25 +117,8 @@ class SlicedTensor(torch.Tensor):
 
     def blocks(self) -> list[Block]:
         """List the blocks of the whole value, on all ranks."""
-        placement, rest = self.placement, tuple(self.shape[1:])
-        if not self.is_per_row:
-            return [
-                Block(
-                    (one.rows[0], one.columns[0]),
-                    (one.rows[1] - one.rows[0], one.columns[1] - one.columns[0]),
-                    one.ranks,
-                )
-                for one in placement.slices()
-            ]
-        cuts = zip(placement.row_cuts[:-1], placement.row_cuts[1:], placement.cells, strict=True)
-        return [
-            Block(
-                (first, *(0 for _ in rest)),
-                (last - first, *rest),
-                tuple(sorted({rank for cell in row for rank in cell})),
-            )
-            for first, last, row in cuts
-        ]
+        rest = tuple(self.shape[1:])
+        return blocks_of(self.placement, is_per_row=self.is_per_row, rest=rest)
 
     def full(self) -> Shaped[Tensor, "..."]:
         """Gather the whole value on every rank; each of them must call this."""

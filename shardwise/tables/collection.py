@@ -130,6 +130,8 @@ class TableCollection(nn.Module, abc.ABC):
         """Make a table's first part its module, and the further ones modules within that."""
         firsts: dict[int, Store] = {}
         for store in self.stores:
+            store._modules.clear()
+        for store in self.stores:
             first = firsts.setdefault(store.key, store)
             if first is not store:
                 first.add_module(str(len(first._modules) + 1), store)
@@ -144,7 +146,7 @@ class TableCollection(nn.Module, abc.ABC):
             store.fill(self.seed)
 
     def move(self, stores: Sequence[Store], layout: Layout) -> None:
-        """Hold parts in the place of whole tables from now on; rules go along.
+        """Hold these parts from now on; rules go along.
 
         Args:
             stores: The parts that lie here, with their rows filled; at least one of each table.

@@ -72,10 +72,11 @@ class Parts:
         return found
 
     def move(self, stores: Sequence[Store], layout: Layout) -> None:
-        """Put parts in the place of whole tables; what their rules keep is cut and goes along.
+        """Put parts in the place of those here; their rules go along.
 
         Args:
-            stores: The new parts, their rows filled.
+            stores: The new parts, their rows filled. What rules keep of one that has no states
+                is cut from the whole table here.
             layout: What they belong to from now on.
         """
         wholes = {store.key: store for store in self.stores}
@@ -93,7 +94,7 @@ class Parts:
         self._take(stores, layout)
         for binding, own_steps in zip(bindings, steps, strict=True):
             for store in stores:
-                if store.key in own_steps:
+                if store.key in own_steps and not store.states:
                     store.states = _cut_states(wholes[store.key], store, binding.rule)
             self._attach(binding, own_steps)
         self.bindings = bindings

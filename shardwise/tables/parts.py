@@ -88,7 +88,8 @@ class Parts:
             for u in (binding.update for binding in self.bindings)
         ]
         for store in stores:
-            vars(store.weight).update(vars(wholes[store.key].weight))
+            notes = vars(wholes[store.key].weight).items()
+            vars(store.weight).update(note for note in notes if note[0] != "delta_store")
             store.weight.requires_grad_(wholes[store.key].weight.requires_grad)
         bindings, self.bindings = self.bindings, []
         self._take(stores, layout)
@@ -157,6 +158,7 @@ class Parts:
         update = replace(
             binding.update,
             seed=self.layout.agree(binding.update.seed),
+            complete=None,  # `at_step` gives that of the layout
             tables=tuple(positions),
             states=[store.states[kind] for store in stores for kind in kinds],
             steps=torch.tensor([steps[store.key] for store in stores], dtype=torch.int64),

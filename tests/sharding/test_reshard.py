@@ -150,6 +150,12 @@ def test_training_goes_on_through_any_plans(ranks, seed):
         assert difference < 1e-6
 
 
+def test_rules_at_the_step_forget_the_layout_before(ranks):
+    walk = (("column_wise", "first"), ("data_parallel", "row_wise"))
+    for difference, _ in ranks(2, resharded, "rowwise_adagrad", "step", walk):
+        assert difference < 1e-6
+
+
 def keep_what_stays(rank, ranks):
     model = make()
     shard(model, make_plan(model, ranks, ("row_wise", "table_wise")))

@@ -16,7 +16,6 @@ With --write, rows go to benchmarks/results/checkpoint.csv.
 import argparse
 import multiprocessing
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -165,7 +164,8 @@ def peak_of(contender: str, gb: float, folder: Path) -> tuple[int, int]:
 
 def resident_peak() -> int:
     """Give this process's peak of memory so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def beside(options: argparse.Namespace, folder: Path, results: Results) -> None:

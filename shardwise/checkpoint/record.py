@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import torch
@@ -40,9 +41,11 @@ def write_tensor(file: BinaryIO, tensor: Tensor) -> tuple[int, int, int, list[in
     begin = -(-(file.tell() + len(head)) // _ALIGNED) * _ALIGNED - len(head)
     _write(file, memoryview(b"\0" * (begin - file.tell()) + head))
     crcs = [0]
-    for piece in pieces(tensor):
-        _write(file, piece)
-        crcs.append(zlib.crc32(piece, crcs[-1]))
+    with ThreadPoolExecutor(1) as beside:
+        for piece in pieces(tensor):
+            crc = beside.submit(zlib.crc32, piece, crcs[-1])
+            _write(file, piece)
+            crcs.append(crc.result())
     entries.append(("data/0", size, crcs[-1], at))
     _write(file, memoryview(_directory(entries, len(head) + size)))
     return begin, begin + len(head), file.tell(), crcs[1:]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from shardwise.checkpoint import (
     read_values,
     save_checkpoint,
 )
+from shardwise.checkpoint.files import write_part
 from shardwise.jagged import KeyedJaggedTensor
 from shardwise.optim import Adam, KeyedOptimizerWrapper, in_backward
 from shardwise.tables import DataType, EmbeddingBagCollection, EmbeddingBagConfig
@@ -215,18 +217,23 @@ def test_missing_object_is_named(tmp_path):
 # ---- beside training
 
 
-def test_save_in_the_background_holds_what_was_there(tmp_path):
-    state, run = run_state(0, 1), Checkpoints(tmp_path)
+def test_save_in_the_background_holds_what_was_there(tmp_path, monkeypatch):
+    state, run, has_trained = run_state(0, 1), Checkpoints(tmp_path), threading.Event()
+
+    def write_later(*args) -> None:
+        assert has_trained.wait(60)
+        write_part(*args)
+
+    monkeypatch.setattr("shardwise.checkpoint.checkpoints.write_part", write_later)
     for step in (1, 2):
-        wanted = {n: t.clone() for n, t in state["model"].state_dict().items()}
+        wanted = {f"model.{n}": t.clone() for n, t in state["model"].state_dict().items()}
+        has_trained.clear()
         pending = run.save(step, state, wait=False)
         train(*state.values())
+        assert not pending.is_done
+        has_trained.set()
         assert pending.result() == tmp_path / f"step_{step}"
-        assert pending.is_done
-        assert same(
-            {n.removeprefix("model."): t for n, t in read_checkpoint(tmp_path, "model").items()},
-            wanted,
-        )
+        assert same(read_checkpoint(tmp_path, "model"), wanted)
 
 
 def test_memory_of_saves_in_the_background_is_used_again(tmp_path):

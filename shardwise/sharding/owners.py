@@ -18,7 +18,7 @@ from shardwise.ops.lookup import (
     RowGrads,
     Update,
     Way,
-    apply_update,
+    apply_completed,
     dense_grads,
     restrict,
     row_grads,
@@ -227,9 +227,8 @@ class Owners:
             result = {numbers[place]: one for place, one in grads.items()}
             found |= {numbers[place]: pair for place, pair in rows.items()}
         for update in way.last:
-            pairs = [found[cell] for cell in update.tables]
-            rows_of, grads_of = [rows for rows, _ in pairs], [grads for _, grads in pairs]
-            apply_update(update, [tables[cell] for cell in update.tables], rows_of, grads_of)
+            own = [tables[cell] for cell in update.tables]
+            apply_completed(update, own, [found[cell] for cell in update.tables])
         return result
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "Update",
     "Way",
     "advise_huge_pages",
+    "apply_completed",
     "apply_update",
     "as_sparse",
     "count_bad_ids",
@@ -50,7 +51,6 @@ __all__ = [
     "row_grads",
     "run_update",
     "sparse_grads",
-    "sum_rows",
     "weight_grads",
 ]
 
@@ -394,18 +394,26 @@ def apply_update(
         rows: Per table, row numbers [N].
         grads: Per table, gradients [N, D].
     """
-    own = replace(update, tables=tuple(range(len(tables))))
-    if update.complete is None:
-        flat, call = _as_call(tables, rows, grads)
-        run_update(flat, call, replace(own, features=call.features), tables)
+    if update.complete is not None and not tables:
+        apply_completed(update, tables, [])
         return
-    _apply_completed(own, update.complete, tables, sum_rows(tables, rows, grads))
+    flat, call = _as_call(tables, rows, grads)
+    if update.complete is not None:
+        apply_completed(update, tables, row_grads(flat, call, tables))
+        return
+    run_update(flat, call, _for_tables(update, call), tables)
 
 
-def _apply_completed(
-    update: Update, complete: Complete, tables: Sequence[Tensor], found: Sequence[RowGrads]
-) -> None:
-    """Run a rule on distinct rows that go on elsewhere; without tables, only take part."""
+def apply_completed(update: Update, tables: Sequence[Tensor], found: Sequence[RowGrads]) -> None:
+    """Run a rule whose row sums `complete` completes; without tables, only take part.
+
+    Args:
+        update: The rule; `tables` and the others follow the order of its tables.
+        tables: The tables [R, D]; changed in place.
+        found: Per table, distinct rows and their gradients.
+    """
+    complete = update.complete
+    assert complete is not None, "the rows of other rules are whole"
     counts = [rows.numel() for rows, _ in found]
     rule, sums = update.rule, _NO_SUMS.new_empty(0, update.rule.num_sums)
     if not found:
@@ -413,7 +421,7 @@ def _apply_completed(
             complete(sums, counts)
         return
     flat, call = _as_call(tables, *zip(*found, strict=True))
-    update = replace(update, features=call.features)
+    update = _for_tables(update, call)
     numbers = (update.slots, rule.code, update.settings.as_floats())
     arguments = (flat, *call, list(tables), update.states, update.steps, *numbers)
     sums = complete(_row_sums(*arguments, _NO_SUMS), counts)
@@ -423,14 +431,9 @@ def _apply_completed(
     run_update(flat, call, update, tables, sums)
 
 
-def sum_rows(
-    tables: Sequence[Tensor], rows: Sequence[Tensor], grads: Sequence[Tensor]
-) -> list[RowGrads]:
-    """Add the gradients of rows that occur several times, in their order; one entry per table."""
-    if not tables:
-        return []
-    flat, call = _as_call(tables, rows, grads)
-    return row_grads(flat, call, tables)
+def _for_tables(update: Update, call: Ids) -> Update:
+    """Number the tables of a rule as `_as_call` does."""
+    return replace(update, tables=tuple(range(len(update.tables))), features=call.features)
 
 
 def _as_call(

@@ -41,3 +41,10 @@ def wire_of(state: Mapping[str, Tensor]) -> Wire | None:
 def together(wire: Wire | None, what: str) -> AbstractContextManager[None]:
     """Let an error of one rank be raised on all."""
     return nullcontext() if wire is None else wire.together(what)
+
+
+def mark_changed(model: object, prefix: str = "") -> None:
+    """Tell who tracks changes that any row may have changed, of tables whose names begin so."""
+    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+        if name.startswith(prefix) and hasattr(parameter, "delta_store"):
+            parameter.delta_store.mark(None)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
+from shardwise.checkpoint.holders import mark_changed
 from shardwise.checkpoint.source import PIECE_BYTES, Here, blocks_here
 from shardwise.checkpoint.tensor_file import TensorFile
 from shardwise.sharding.model_parallel import get_unwrapped_module
@@ -61,6 +62,7 @@ def load_rows(
     with torch.no_grad():
         for here in blocks_here(into):
             _fill(here, source, ids.cpu())
+    mark_changed(get_unwrapped_module(model), table.removesuffix("weight"))
     return int((ids >= 0).sum())
 
 

@@ -10,14 +10,15 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from shardwise.checkpoint.holders import tensors_of, together, wire_of
+from shardwise.checkpoint.holders import mark_changed, tensors_of, together, wire_of
+from shardwise.checkpoint.restore import as_patterns, is_named
 from shardwise.checkpoint.source import (
     PIECE_BYTES,
     Chunk,
@@ -111,7 +112,7 @@ def load_safetensors(
     path: str | Path,
     model: nn.Module | Mapping[str, Tensor],
     *,
-    only: Iterable[str] | None = None,
+    only: str | Sequence[str] | None = None,
     strict: bool = True,
 ) -> Unmatched:
     """Copy the tensors of a file, or of several with an index, into a model, sharded or not.
@@ -124,7 +125,7 @@ def load_safetensors(
     Args:
         path: A safetensors file, an index, or a folder with either.
         model: A model, or tensors by name; copied into.
-        only: Names of tensors, or of modules, to load; None loads all.
+        only: Names of tensors to load, their beginnings up to a dot, or patterns; None: all.
         strict: Whether the names of both sides, among those of `only`, must be the same.
 
     Returns:
@@ -150,6 +151,7 @@ def load_safetensors(
             check_fit(files, name, wanted[name])
         for name in names:
             fill(files, name, wanted[name])
+        mark_changed(model)
     return Unmatched(missing, unexpected)
 
 
@@ -302,14 +304,14 @@ def _read_index(path: Path) -> dict[str, str]:
     return places
 
 
-def _choose(names: Collection[str], only: Iterable[str] | None, path: str | Path) -> set[str]:
-    """Give the names that `only` asks for, itself or as a module."""
-    if only is None:
+def _choose(names: Collection[str], only: str | Sequence[str] | None, path: str | Path) -> set[str]:
+    patterns = as_patterns(only)
+    if patterns is None:
         return set(names)
     chosen: set[str] = set()
-    for asked in only:
-        found = {name for name in names if name == asked or name.startswith(f"{asked}.")}
+    for pattern in patterns:
+        found = {name for name in names if is_named(name, pattern)}
         if not found:
-            raise ValueError(f"{path}: only={asked!r} is neither in it nor in the model")
+            raise ValueError(f"{path}: only={pattern!r} is neither in it nor in the model")
         chosen |= found
     return chosen

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shardwise.checkpoint.holders import tensors_of, together, wire_of
+from shardwise.checkpoint.holders import mark_changed, tensors_of, together, wire_of
 from shardwise.checkpoint.source import Chunk, Described, check_fit, fill
 from shardwise.checkpoint.torch_folder import TorchFolder
 from shardwise.optim import KeyedOptimizer
@@ -73,6 +73,7 @@ def load_torchrec_checkpoint(
             check_fit(files, name, tensor)
         for name, tensor in pairs:
             fill(files, name, tensor)
+        mark_changed(model)
         if optimizer is not None:
             _count_steps(optimizer, steps)
             optimizer.post_load_state_dict()

@@ -9,7 +9,12 @@ from shardwise.checkpoint.safetensors import export_safetensors
 from shardwise.checkpoint.source import blocks_here
 from shardwise.sharding import column_wise, construct_module_sharding_plan, row_wise, shard
 from shardwise.sharding.sliced import Block
-from shardwise.tables import DataType, EmbeddingBagCollection, EmbeddingBagConfig
+from shardwise.tables import (
+    DataType,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    ModelDeltaTracker,
+)
 
 NAME = "embedding_bags.t.weight"
 IDS = torch.tensor([3, -1, 9, 0, -1, 5])
@@ -106,3 +111,11 @@ def test_bad_files_and_names_are_named(tmp_path):
         load_rows(make(), NAME, tmp_path / "none.npy", IDS)
     with pytest.raises(ValueError, match=rf"no table 't'; it has \['{NAME}'\]"):
         load_rows(make(), "t", ROWS, IDS)
+
+
+def test_who_tracks_changes_hears_of_them():
+    model = make()
+    tracker = ModelDeltaTracker(model)
+    load_rows(model, NAME, ROWS, IDS)
+    (found,) = tracker.get_delta_ids().values()
+    assert {0, 3, 5, 9} <= {*found.tolist()}

@@ -179,7 +179,7 @@ def test_bf16_table_goes_to_fp32_and_back_unchanged(tmp_path):
 def test_one_table_or_what_is_there_can_be_loaded(tmp_path):
     export_safetensors(make(1), tmp_path / "x")
     before, model = make(2).state_dict(), make(2)
-    load_safetensors(tmp_path / "x", model, only=["tables.embedding_bags.a", "steps"])
+    load_safetensors(tmp_path / "x", model, only=["tables.embedding_bags.a", "ste*"])
     assert differences(model, before) == ["tables.embedding_bags.a.weight"]
     some = {"over.weight": torch.zeros(2, 3), "new": torch.zeros(1)}
     missing, unexpected = load_safetensors(tmp_path / "x", some, strict=False)

@@ -4,9 +4,10 @@ At width 64, fp32, row-wise Adagrad and 26 x 300,000 rows: batch 2,048 and 8,192
 uniform and Zipf 1.05. Then one factor at a time, with uniform ids, batch 2,048 x 20 and 8,192 x 1:
 widths, rows per table, 16-bit rows, rules. Fewer rows or tables where one side's weights and state
 would pass 5 GB. Adam and bf16 rows, which FBGEMM refuses on CPU, are beside `EmbeddingBag` and an
-optimizer of row-sparse gradients (`torch.optim.SparseAdam`). Every cell runs with FBGEMM as shipped and with THP_MEM_ALLOC_ENABLE=1, in processes of their own, ours and the
-peer's in turn. Cells that the file has from this commit and machine are skipped, so that a grid
-that was cut short can be continued.
+optimizer of row-sparse gradients (`torch.optim.SparseAdam`). Every cell runs with FBGEMM as shipped
+and with THP_MEM_ALLOC_ENABLE=1, in processes of their own, ours and the peer's in turn. Cells that
+the file has from this commit and machine are skipped, so that a grid that was cut short can be
+continued.
 """
 
 import multiprocessing

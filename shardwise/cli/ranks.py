@@ -1,6 +1,8 @@
 """The processes that train together: who they are, and what they tell one another."""
 
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -8,8 +10,13 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from shardwise.sharding.wire import Wire
+
+_PATIENCE_S = 600.0
+"""How long the first process waits for all others to be started."""
 
 
 class Ranks:
@@ -83,7 +90,9 @@ def joined_ranks() -> Iterator[Ranks]:
     if dist.is_initialized():
         yield _all_ranks()
     elif has_launcher():
-        dist.init_process_group("gloo")
+        store, rank, count = next(rendezvous("env://"))
+        fresh = _unused(store, rank, count)
+        dist.init_process_group("gloo", store=fresh, rank=rank, world_size=count)
         try:
             yield _all_ranks()
         finally:
@@ -96,3 +105,28 @@ def _all_ranks() -> Ranks:
     group = dist.group.WORLD
     assert group is not None, "torch.distributed is initialised"
     return Ranks(Wire(group, name="shardwise train") if group.size() > 1 else None)
+
+
+def _unused(store: Store, rank: int, count: int) -> Store:
+    """Give a part of the launcher's store that no earlier start of its processes has written to.
+
+    torchrun keeps one store through all of them, where addresses of processes that are gone would
+    be taken for those of their heirs. So each rank asks under a number drawn anew, and the first
+    answers it with the name of the part, until all have heard.
+    """
+    drawn = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asked by {rank}", drawn)
+        name = store.get(f"answer to {drawn}").decode()
+        store.set(f"{name} heard by {rank}", "")
+        return PrefixStore(name, store)
+    waiting, deadline = set(range(1, count)), time.monotonic() + _PATIENCE_S
+    while waiting:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(waiting)} of {count} did not come; start them all")
+        for other in waiting:
+            if store.check([f"asked by {other}"]):
+                store.set(f"answer to {store.get(f'asked by {other}').decode()}", drawn)
+        waiting = {one for one in waiting if not store.check([f"{drawn} heard by {one}"])}
+        time.sleep(0.01)
+    return PrefixStore(drawn, store)

@@ -5,9 +5,12 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -234,5 +237,114 @@ def test_killed_run_goes_on_with_other_ranks_and_loses_no_sample(clicks, tmp_pat
         goes_on(broken, draw, phase, draw.randrange(1, 4))
     broken.finish(3)
     assert broken.samples() == whole.samples()
+    ours, theirs = (torch.tensor(run.curve()) for run in (broken, whole))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def living(mark: str) -> list[int]:
+    """The processes that were started with a mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found += [int(path.parent.name)] if mark.encode() in path.read_bytes() else []
+        except OSError:  # another user's, or just ended
+            continue
+    return found
+
+
+def await_that(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def start(command: list[str], log: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """Start a command; give it and the mark of all processes that come of it."""
+    mark = f"SHARDWISE_TEST_MARK={uuid.uuid4()}"
+    environment = os.environ | dict([mark.split("=")]) | {"OMP_NUM_THREADS": "1"}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo"}
+    with log.open("ab") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file), mark
+
+
+def test_launcher_that_is_killed_leaves_no_process_and_its_run_goes_on(clicks, tmp_path):
+    whole, broken = Run(tmp_path / "whole", *clicks), Run(tmp_path / "broken", *clicks)
+    whole.finish(2)
+    command = [sys.executable, "-m", "shardwise", *broken.options, "--processes", "2"]
+    draw, log = random.Random(3), tmp_path / "log"
+    for _ in range(3):
+        before = list_checkpoints(broken.folder / "run")[-1:]
+        launcher, mark = start(command, log)
+        await_that(lambda before=before: list_checkpoints(broken.folder / "run")[-1:] != before)
+        time.sleep(draw.uniform(0, 0.2))
+        launcher.kill()
+        assert launcher.wait() == -signal.SIGKILL
+        await_that(lambda mark=mark: not living(mark))
+    broken.finish(2)
+    assert broken.curve() == whole.curve()
+
+
+def test_launcher_passes_sigterm_on_and_gives_its_status(clicks, tmp_path):
+    run = Run(tmp_path / "run", *clicks)
+    command = [sys.executable, "-m", "shardwise", *run.options, "--processes", "2"]
+    launcher, mark = start(command, tmp_path / "log")
+    await_that(lambda: bool(list_checkpoints(run.folder / "run")))
+    launcher.terminate()
+    assert launcher.wait(60) == 143
+    assert "interrupted by SIGTERM after step" in (tmp_path / "log").read_text()
+    assert not living(mark)
+
+
+DYING = """
+import os, signal, sys
+from shardwise.cli import main
+from shardwise.cli.trainer import Trainer
+step = Trainer.step
+def dying(trainer, batch):
+    if trainer.num_steps == 8 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if trainer.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    step(trainer, batch)
+Trainer.step = dying
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_torchrun_starts_the_run_again_and_it_goes_on(clicks, tmp_path):
+    whole, broken = Run(tmp_path / "whole", *clicks), Run(tmp_path / "broken", *clicks)
+    whole.finish(2)
+    (tmp_path / "dying.py").write_text(DYING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = [option for option in broken.options if option != "--train.resume"]
+    agent, mark = start(
+        [*torchrun, "--max-restarts=1", str(tmp_path / "dying.py"), *options], tmp_path / "log"
+    )
+    assert agent.wait(90) == 0, (tmp_path / "log").read_text()
+    assert not living(mark)
+    assert "going on from" in (tmp_path / "log").read_text()
+    assert broken.curve() == whole.curve()
+
+
+def test_torchrun_goes_on_with_the_machines_that_are_left(clicks, tmp_path):
+    whole, broken = Run(tmp_path / "whole", *clicks), Run(tmp_path / "broken", *clicks)
+    whole.finish(1)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--max-restarts=3"]
+    timing = "is_host=false,join_timeout=60,last_call_timeout=2,keep_alive_interval=1"
+    torchrun += ["--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-conf={timing}"]
+    torchrun += [
+        f"--rdzv-endpoint=127.0.0.1:{store.port}",
+        "--rdzv-id=run",
+        "--local-addr=127.0.0.1",
+    ]
+    command = [*torchrun, "-m", "shardwise", *broken.options]
+    agents = [start(command, tmp_path / f"log_{number}") for number in range(2)]
+    await_that(lambda: len(list_checkpoints(broken.folder / "run")) > 1)
+    for process in living(agents[1][1]):  # the second machine is gone
+        os.kill(process, signal.SIGKILL)
+    assert agents[0][0].wait(120) == 0, (tmp_path / "log_0").read_text()
+    agents[1][0].wait()
+    assert "going on from" in (tmp_path / "log_0").read_text() + (tmp_path / "log_1").read_text()
     ours, theirs = (torch.tensor(run.curve()) for run in (broken, whole))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

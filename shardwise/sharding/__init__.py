@@ -66,12 +66,14 @@ from shardwise.sharding.sharders import (
     get_default_sharders,
 )
 from shardwise.sharding.sliced import SlicedTensor
+from shardwise.sharding.two_dim import DMPCollection, ShardingEnv2D, group_ranks, replicate_plan
 from shardwise.sharding.wire import Wire
 
 __all__ = [
     "Awaitable",
     "CommOp",
     "CommType",
+    "DMPCollection",
     "DataParallelWrapper",
     "DefaultDataParallelWrapper",
     "DistributedModelParallel",
@@ -97,6 +99,7 @@ __all__ = [
     "ShardedFusedEmbeddingCollection",
     "ShardedModule",
     "ShardingEnv",
+    "ShardingEnv2D",
     "ShardingPlan",
     "ShardingType",
     "Slice",
@@ -118,9 +121,11 @@ __all__ = [
     "get_unsharded_module_names",
     "get_unwrapped_module",
     "grid_shard",
+    "group_ranks",
     "in_step",
     "place_tables",
     "plan_hash",
+    "replicate_plan",
     "reshard",
     "reshard_cost",
     "row_wise",

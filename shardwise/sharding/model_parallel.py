@@ -120,7 +120,7 @@ class DistributedModelParallel(nn.Module):
     ) -> None:
         """Shard the tables and wrap the dense part."""
         super().__init__()
-        self._env = env or default_env()
+        self._env = self._dense_env = env or default_env()
         self.device = torch.device("cpu") if device is None else torch.device(device)
         sharders = sharders or get_default_sharders()
         types = {sharder.module_type for sharder in sharders}
@@ -183,8 +183,8 @@ class DistributedModelParallel(nn.Module):
 
     def init_data_parallel(self) -> None:
         """Wrap the dense part, once."""
-        if not self._is_wrapped and self._env.world_size > 1:
-            self._wrapper.wrap(self, self._env, self.device)
+        if not self._is_wrapped and self._dense_env.world_size > 1:
+            self._wrapper.wrap(self, self._dense_env, self.device)
         self._is_wrapped = True
 
     def reshard(

@@ -59,7 +59,9 @@ class Ranks:
         if self.rank in holders:
             return self.rank
         near = [rank for rank in holders if self.places[rank][0] == self.host]
-        return near[self.number_on_host % len(near)] if near else holders[self.rank % len(holders)]
+        if near:
+            return _share_out(near, self.number_on_host, len(self.hosts[self.host]))
+        return _share_out(holders, self.rank, self.world_size)
 
     def by_host(self, holders: Holders) -> dict[int, Holders]:
         """Give the holders of each host, numbered there."""
@@ -67,6 +69,16 @@ class Ranks:
         for host, number in sorted(self.places[rank] for rank in holders):
             result[host] = (*result.get(host, ()), number)
         return result
+
+
+def _share_out(of: Sequence[int], number: int, count: int) -> int:
+    """Pick for the number-th of `count` askers, evenly.
+
+    Neighbours in turn, others by runs of askers: so the replicas of groups of ranks, of whichever
+    of the two kinds these are (see `two_dim`), are asked by their own group only.
+    """
+    is_run = of[-1] - of[0] == len(of) - 1
+    return of[number % len(of) if is_run else number * len(of) // count]
 
 
 class Slots(NamedTuple):
@@ -103,7 +115,8 @@ class Route(NamedTuple):
         blocks = []
         for block, (first, end) in enumerate(pairwise(self.row_cuts)):
             hosts = sorted(ranks.by_host(self.holders[block]))
-            host = ranks.host if ranks.host in hosts else hosts[ranks.rank % len(hosts)]
+            is_here = ranks.host in hosts
+            host = ranks.host if is_here else _share_out(hosts, ranks.host, len(ranks.hosts))
             blocks.append((end, slots[host], first - rows[host].starts[block]))
         members = [ranks.hosts[host] for host in rows]
         chosen = [host[ranks.number_on_host % len(host)] for host in members]

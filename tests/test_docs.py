@@ -35,15 +35,15 @@ def test_python_of_page_runs(page, tmp_path, monkeypatch):
     assert len(run_page(page)) > 1
 
 
-def count_ranks(rank: int, world_size: int, page: Path) -> int:
-    with contextlib.redirect_stdout(io.StringIO()):
+def count_ranks(rank: int, world_size: int, page: Path, folder: Path) -> int:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(folder):
         names = run_page(page)
     return sum(name in names for name in ("ranks", "num_ranks")) * dist.get_world_size()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/sharding.md"])
-def test_python_of_page_runs_on_two_ranks(ranks, page):
-    assert ranks(2, count_ranks, ROOT / page) == [2, 2]
+def test_python_of_page_runs_on_two_ranks(ranks, page, tmp_path):
+    assert ranks(2, count_ranks, ROOT / page, tmp_path) == [2, 2]
 
 
 def test_readme_shows_python():

@@ -175,6 +175,18 @@ def test_a_table_that_stays_keeps_its_parameter_and_others_move_whole(ranks):
         assert "1 tables move, 0.000 MB between ranks in" in str(report)
 
 
+def keep_one_replica(rank, ranks):
+    collection = make()["bags"]
+    both = [Slice(name, (0, rows), (0, 8), (1, 2)) for name, rows in ROWS.items()]
+    shard(collection, both)
+    one = [Slice(name, (0, rows), (0, 8), (1,)) for name, rows in ROWS.items()]
+    return reshard(collection, one).total
+
+
+def test_what_a_rank_has_does_not_travel_to_it(ranks):
+    assert ranks(3, keep_one_replica) == [0, 0, 0]
+
+
 def hold_old_parameters(rank, ranks):
     model = make()
     shard(model, make_plan(model, ranks, ("row_wise", "first")))

@@ -1,7 +1,9 @@
-// Offsets from lengths: a running sum, in two passes where there are threads to share them.
+// Offsets from lengths: a running sum, in blocks that threads share.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -13,6 +15,7 @@ namespace shardwise::cpu {
 namespace {
 
 constexpr int64_t kBlock = 32768;
+constexpr size_t kStreamBytes = size_t{16} << 20;  // offsets of this size would flush the cache
 
 // Wraps around, because lengths that nobody has checked may overflow.
 template <typename T>
@@ -38,23 +41,68 @@ void run_sum(const T* lengths, int64_t count, T start, T* offsets) {
   }
 }
 
+#ifdef __x86_64__
+// Eight in one register. The running sum waits for one addition here too.
+template <bool streams>
+SHARDWISE_WIDE void run_sum_wide(const int64_t* lengths, int64_t count, int64_t start,
+                                 int64_t* offsets) {
+  const __m512i last = _mm512_set1_epi64(7);
+  __m512i before = _mm512_set1_epi64(start);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    __m512i sums = _mm512_loadu_si512(lengths + i);
+    sums = _mm512_add_epi64(sums, _mm512_maskz_alignr_epi64(0xfe, sums, sums, 7));
+    sums = _mm512_add_epi64(sums, _mm512_maskz_alignr_epi64(0xfc, sums, sums, 6));
+    sums = _mm512_add_epi64(sums, _mm512_maskz_alignr_epi64(0xf0, sums, sums, 4));
+    const __m512i starts = _mm512_add_epi64(before, _mm512_maskz_alignr_epi64(0xfe, sums, sums, 7));
+    if constexpr (streams) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(offsets + i), starts);
+    } else {
+      _mm512_storeu_si512(offsets + i, starts);
+    }
+    before = _mm512_add_epi64(before, _mm512_maskz_permutexvar_epi64(0xff, last, sums));
+  }
+  if constexpr (streams) _mm_sfence();
+  const int64_t rest = i == 0 ? start : next(offsets[i - 1], lengths[i - 1]);
+  run_sum(lengths + i, count - i, rest, offsets + i);
+}
+#endif
+
+// With `streams`, whose offsets must be aligned, results may go past the cache.
+template <typename T>
+void run_sum(const T* lengths, int64_t count, T start, T* offsets, [[maybe_unused]] bool streams) {
+#ifdef __x86_64__
+  if constexpr (sizeof(T) == 8) {
+    const auto run = streams ? run_sum_wide<true> : run_sum_wide<false>;
+    if (is_wide()) return run(lengths, count, start, offsets);
+  }
+#endif
+  run_sum(lengths, count, start, offsets);
+}
+
+// A block is summed first, which brings it into the cache; its start is known once the block before
+// has been summed, by whoever took that one earlier.
 template <typename T>
 void fill_offsets(const Tensor& lengths, const Tensor& offsets) {
   const T* from = lengths.data<T>();
   T* to = offsets.mutable_data<T>();
   const int64_t count = lengths.numel();
-  // One thread needs no totals beforehand: a single block.
+  // One thread needs no sums beforehand: a single block.
   const int64_t length = num_threads() == 1 ? std::max(count, kBlock) : kBlock;
   const int64_t blocks = (count + length - 1) / length;
-  const bool is_small = blocks < 2;
-  const auto size = [&](int64_t block) { return std::min(length, count - block * length); };
-  std::vector<T> sums(blocks), starts(blocks + 1);
-  if (!is_small) {
-    run_tasks(blocks, false, [&](int64_t b) { sums[b] = static_cast<T>(sum_of(from + b * length, size(b))); });
-  }
-  run_sum(sums.data(), blocks, T{0}, starts.data());
-  run_tasks(blocks, is_small, [&](int64_t b) {
-    run_sum(from + b * length, size(b), starts[b], to + b * length);
+  const bool streams = static_cast<size_t>(count) * sizeof(T) >= kStreamBytes &&
+                       reinterpret_cast<uintptr_t>(to) % 64 == 0;
+  std::vector<T> ends(blocks);
+  std::vector<std::atomic<bool>> is_known(blocks);
+  run_tasks(blocks, blocks < 2, [&](int64_t b) {
+    const T* block = from + b * length;
+    const int64_t size = std::min(length, count - b * length);
+    const T sum = b + 1 < blocks ? static_cast<T>(sum_of(block, size)) : T{0};
+    while (b > 0 && !is_known[b - 1].load(std::memory_order_acquire)) std::this_thread::yield();
+    const T start = b > 0 ? ends[b - 1] : T{0};
+    ends[b] = next(start, sum);
+    is_known[b].store(true, std::memory_order_release);
+    run_sum(block, size, start, to + b * length, streams);
   });
   to[count] = count == 0 ? T{0} : next(to[count - 1], from[count - 1]);
 }

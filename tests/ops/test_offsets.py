@@ -5,7 +5,7 @@ from shardwise.ops.offsets import offsets_from_lengths, reference
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("size", [0, 1, 63, 1000, 100_000])
+@pytest.mark.parametrize("size", [0, 1, 63, 1000, 100_000, 2_100_001])
 def test_offsets_equal_the_reference(size: int, dtype: torch.dtype) -> None:
     lengths = torch.randint(0, 5, (size,), dtype=dtype)
     offsets = offsets_from_lengths(lengths)

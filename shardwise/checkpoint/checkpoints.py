@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from shardwise.checkpoint import folder as folders
 from shardwise.checkpoint.files import Block, Files, write_manifest, write_part
 from shardwise.checkpoint.folder import Which, find_checkpoint
+from shardwise.checkpoint.holders import together
 from shardwise.checkpoint.restore import Plan, as_patterns, plan_all
 from shardwise.checkpoint.source import blocks_here
 from shardwise.checkpoint.state import Named, encode
@@ -110,7 +110,7 @@ class Checkpoints:
             TypeError: A value cannot be saved.
         """
         self.wait()
-        with self._together("describing a checkpoint"):
+        with together(self._wire, "describing a checkpoint"):
             tensors = Named(self._rank)
             tree = encode(state, tensors)
             blocks = [*self._own_blocks(tensors)]
@@ -176,19 +176,16 @@ class Checkpoints:
         """
         self.wait()
         name = ""
-        with self._together("finding a checkpoint"):
+        with together(self._wire, "finding a checkpoint"):
             if self._rank == 0:
                 path = find_checkpoint(self.folder, which)
                 name = "" if path == self.folder else path.name
         if self._wire is not None:
             name = self._wire.gather_texts(name)[0]
-        with self._together("loading a checkpoint"):
+        with together(self._wire, "loading a checkpoint"):
             plan = Plan(Files(self.folder / name), self._rank, as_patterns(only), strict)
             plan_all(plan, state)
             return plan.run()
-
-    def _together(self, what: str) -> AbstractContextManager[None]:
-        return nullcontext() if self._wire is None else self._wire.together(what)
 
     def _own_blocks(self, tensors: Named) -> Iterator[Block]:
         for name, tensor in tensors.items():
@@ -213,12 +210,12 @@ class Checkpoints:
     def _write(self, step: int, blocks: Sequence[Block], tree: Any, is_best: bool) -> None:
         unfinished = self.folder / f".step_{step}.unfinished"
         try:
-            with self._together("preparing a checkpoint"):
+            with together(self._wire, "preparing a checkpoint"):
                 if self._rank == 0:
                     folders.start(self.folder, step)
-            with self._together("writing a checkpoint"):
+            with together(self._wire, "writing a checkpoint"):
                 write_part(unfinished, self._rank, blocks, tree)
-            with self._together("finishing a checkpoint"):
+            with together(self._wire, "finishing a checkpoint"):
                 if self._rank == 0:
                     write_manifest(unfinished, self._num_ranks, step)
                     folders.finish(unfinished, step, keep=self.keep, as_best=is_best)

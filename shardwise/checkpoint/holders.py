@@ -1,6 +1,6 @@
 """The tensors of a state, and the ranks that hold them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
@@ -41,6 +41,13 @@ def wire_of(state: Mapping[str, Tensor]) -> Wire | None:
 def together(wire: Wire | None, what: str) -> AbstractContextManager[None]:
     """Let an error of one rank be raised on all."""
     return nullcontext() if wire is None else wire.together(what)
+
+
+def some_of(names: Iterable[str]) -> str:
+    """List the first of many names, for a message."""
+    listed = sorted(names)
+    more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
+    return f"{listed[:6]}{more}"
 
 
 def mark_changed(model: object, prefix: str = "") -> None:

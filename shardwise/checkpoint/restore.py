@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.checkpoint.files import Files
+from shardwise.checkpoint.holders import some_of
 from shardwise.checkpoint.random_state import PerRank
 from shardwise.checkpoint.source import check_fit, fill
 from shardwise.checkpoint.state import Named, decode, encode, names_in, of_rank
@@ -86,7 +87,7 @@ def plan_all(plan: Plan, state: Mapping[str, Any]) -> None:
         if not any(is_named(name, pattern) for name in plan.files.tensors):
             raise ValueError(
                 f"checkpoint {plan.files.name}: only={pattern!r} is no tensor of it; it has "
-                f"{_some(plan.files.tensors)}"
+                f"{some_of(plan.files.tensors)}"
             )
     if plan.is_strict and (missing := sorted(state.keys() - tree.keys())):
         raise ValueError(
@@ -149,7 +150,7 @@ def _pair(plan: Plan, here: Mapping[str, Tensor], saved: Iterable[str], owner: s
     if plan.is_strict and (missing or unknown):
         raise ValueError(
             f"checkpoint {plan.files.name}: {owner!r} is of another model or optimizer: it lacks "
-            f"{_some(missing)} and has {_some(unknown)} too many"
+            f"{some_of(missing)} and has {some_of(unknown)} too many"
         )
     for name, tensor in asked.items():
         if name in there:
@@ -207,9 +208,3 @@ def _plan_optimizer(plan: Plan, optimizer: KeyedOptimizer, name: str, saved: Any
         plan.then.append(lambda: optimizer.load_state_dict(decode(saved, here.__getitem__)))
     else:
         plan.then.append(optimizer.post_load_state_dict)
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
-    return f"{listed[:6]}{more}"

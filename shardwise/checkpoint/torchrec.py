@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shardwise.checkpoint.holders import mark_changed, tensors_of, together, wire_of
+from shardwise.checkpoint.holders import mark_changed, some_of, tensors_of, together, wire_of
 from shardwise.checkpoint.source import Chunk, Described, check_fit, fill
 from shardwise.checkpoint.torch_folder import TorchFolder
 from shardwise.optim import KeyedOptimizer
@@ -129,13 +129,9 @@ def _check_names(
     if (missing or unknown) if prefixes else len(missing) == len(into):
         raise ValueError(
             f"checkpoint {folder.name}: it is of another model or optimizer, or under other keys: "
-            f"it lacks {_some(missing)} and has {_some(unknown)} too many; its keys are "
+            f"it lacks {some_of(missing)} and has {some_of(unknown)} too many; its keys are "
             f"{sorted({name.partition('.')[0] for name in saved})}"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{names[:4]} and {len(names) - 4} more" if len(names) > 4 else f"{names}"
 
 
 def _count_steps(optimizer: KeyedOptimizer, steps: int | None) -> None:

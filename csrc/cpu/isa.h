@@ -110,7 +110,8 @@ struct RuleNumbers {
 struct RowRun {
   TableView table;
   const int64_t* rows;    // distinct
-  const int64_t* starts;  // first item of each row; one more than rows
+  int64_t num_singles;    // of the first rows, which have one item each: row r has item r
+  const int64_t* starts;  // first item of each other row, and the end
   int64_t first, last;    // which of the rows
   const uint32_t* items;  // gradient offsets, or numbers into `where`
   const float* grad;
@@ -119,6 +120,8 @@ struct RowRun {
   float* states[2];
   const float* given_sums;  // [row, num_sums]; null: computed here
   float* out;               // row_sums: [row, num_sums]; row_grads: [row, width]
+
+  int64_t first_item(int64_t row) const { return row < num_singles ? row : starts[row]; }
 };
 
 // Samples of an interaction: their vectors, of which the first is the dense one, and the result.

@@ -49,8 +49,13 @@ struct RuleArguments {
     }
   }
 
-  // For the update after `steps` ones, with bits for stochastic rounding when `seed` >= 0.
-  RuleNumbers numbers(int64_t t, float lr, int64_t seed) const {
+  // By table, for the update after `steps` ones, with bits for stochastic rounding when `seed` >= 0.
+  std::vector<RuleNumbers> numbers(float lr, int64_t seed) const {
+    std::vector<RuleNumbers> result;
+    for (size_t t = 0; t < tables.size(); ++t) result.push_back(numbers_of(t, lr, seed));
+    return result;
+  }
+  RuleNumbers numbers_of(int64_t t, float lr, int64_t seed) const {
     const double step = static_cast<double>(steps.data<int64_t>()[t] + 1);
     const int64_t* slot = slots.data<int64_t>() + 4 * t;
     RuleNumbers k{};
@@ -97,22 +102,18 @@ int64_t num_rows(const std::vector<TouchedRows>& touched) {
   return touched.empty() ? 0 : touched.back().first_row + touched.back().count();
 }
 
-// Points the runs at what the rule reads and writes. Gives the rule's numbers per table.
-std::vector<RuleNumbers> bind_runs(const RuleArguments& rule, const Tensor& sums, float lr,
-                                   int64_t seed, std::vector<TouchedRows>* touched) {
+// Points the runs at what the rule keeps, and at the sums where they are given.
+void bind_runs(const RuleArguments& rule, const Tensor& sums, std::vector<TouchedRows>* touched) {
   const int64_t per_row = shape_of(rule.code).num_sums;
   const bool is_given = per_row > 0 && sums.numel() > 0;
   if (is_given && sums.numel() != num_rows(*touched) * per_row) {
     throw std::runtime_error("shardwise: sums must be [touched rows, sums of the rule]");
   }
-  std::vector<RuleNumbers> numbers;
   for (size_t t = 0; t < touched->size(); ++t) {
     TouchedRows& table = (*touched)[t];
-    numbers.push_back(rule.numbers(t, lr, seed));
     rule.bind_states(t, &table.run);
     if (is_given) table.run.given_sums = sums.data<float>() + table.first_row * per_row;
   }
-  return numbers;
 }
 
 }  // namespace
@@ -130,16 +131,22 @@ void update_(StableIValue* stack, uint64_t, uint64_t) {
     throw std::runtime_error("shardwise: lr must be one float32 number");
   }
   call.lay_out(rule.tables, grad.size(0), grad.size(1));
-  // Sums that are given are of ascending rows.
-  const Order order = sums.numel() > 0 ? Order::kAscending : Order::kAny;
-  std::vector<TouchedRows> touched =
-      group_rows(call, view_tables(rule.tables), gradient, grad.numel(), order);
-  const auto numbers = bind_runs(rule, sums, *lr.data<float>(), seed, &touched);
-  for_each_piece(touched, [&](const TouchedRows& table, const RowRun& run) {
-    isa().update(run, numbers[&table - touched.data()]);
-  });
+  const std::vector<TableView> tables = view_tables(rule.tables);
+  const auto numbers = rule.numbers(*lr.data<float>(), seed);
+  if (sums.numel() > 0) {  // of ascending rows
+    std::vector<TouchedRows> touched = group_rows(call, tables, gradient, grad.numel());
+    bind_runs(rule, sums, &touched);
+    for_each_piece(touched,
+                   [&](int64_t t, const RowRun& run) { isa().update(run, numbers[t]); });
+  } else {
+    for_each_piece(call, tables, gradient, grad.numel(), [&](int64_t t, const RowRun& piece) {
+      RowRun run = piece;
+      rule.bind_states(t, &run);
+      isa().update(run, numbers[t]);
+    });
+  }
   int64_t* steps = rule.steps.mutable_data<int64_t>();
-  for (size_t t = 0; t < touched.size(); ++t) ++steps[t];
+  for (size_t t = 0; t < tables.size(); ++t) ++steps[t];
 }
 
 void row_sums(StableIValue* stack, uint64_t, uint64_t) {
@@ -153,16 +160,16 @@ void row_sums(StableIValue* stack, uint64_t, uint64_t) {
   call.lay_out(rule.tables, grad.size(0), grad.size(1));
   std::vector<TouchedRows> touched =
       group_rows(call, view_tables(rule.tables), gradient, grad.numel());
-  const auto numbers = bind_runs(rule, sums, 0.0f, -1, &touched);
+  bind_runs(rule, sums, &touched);
+  const auto numbers = rule.numbers(0.0f, -1);
   const int64_t per_row = shape_of(rule.code).num_sums;
   Tensor result = Tensor::empty({num_rows(touched), per_row}, aoti_torch_dtype_float32());
   for (TouchedRows& table : touched) {
     table.run.out = result.mutable_data<float>() + table.first_row * per_row;
   }
   if (per_row > 0) {
-    for_each_piece(touched, [&](const TouchedRows& table, const RowRun& run) {
-      isa().row_sums(run, numbers[&table - touched.data()]);
-    });
+    for_each_piece(touched,
+                   [&](int64_t t, const RowRun& run) { isa().row_sums(run, numbers[t]); });
   }
   arguments.give(std::move(result));
 }
@@ -188,7 +195,7 @@ void row_grads(StableIValue* stack, uint64_t, uint64_t) {
     table.run.out = out;
     out += table.count() * table.run.table.width;
   }
-  for_each_piece(touched, [&](const TouchedRows&, const RowRun& run) { isa().row_grads(run); });
+  for_each_piece(touched, [](int64_t, const RowRun& run) { isa().row_grads(run); });
   arguments.give(std::move(rows));
   arguments.give(std::move(grads));
   arguments.give(std::move(counts));

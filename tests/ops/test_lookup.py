@@ -357,7 +357,7 @@ def test_update_equals_reference_at_every_batch_size(bags):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize("width", [16, 32, 64, 128, 256])
 def test_rows_of_known_widths_that_occur_once_and_often_equal_reference(rule, width):
     case = make_case([(1000, width), (20_000, width)], bags=100, longest=12)
     check_update(case, make_update(case, rule))
@@ -499,11 +499,11 @@ def test_result_does_not_depend_on_threads():
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        case = make_case([(300, 64), (50, 16)], bags=1000, longest=30)
+        case = make_case([(300, 64), (50, 16), (100_000, 64)], bags=1000, longest=30)
         update = make_update(case, RULES[2])
         for table in case.tables:
             table.requires_grad_()
-        out = run(case, plan_backward(case.call.features, 2, [update]))
+        out = run(case, plan_backward(case.call.features, 3, [update]))
         out.backward(case.grad)
         results.append([out.detach(), *(t.detach() for t in case.tables), *update.states])
     torch.set_num_threads(2)
@@ -554,6 +554,27 @@ def test_bad_id_in_backward_changes_no_row():
     assert torch.equal(case.tables[0], before)
     assert torch.equal(update.states[0], states[0])
     assert update.steps.tolist() == [3]
+
+
+@pytest.mark.parametrize("bad", [-1, 50])
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_bad_id_of_one_table_in_backward_changes_no_row_of_another(bad, id_dtype):
+    case = make_case([(9, 4), (50, 4)], bags=1000, longest=5)
+    ids = case.call.ids.to(id_dtype)
+    ids[-1] = bad  # of the last table
+    update, before = make_update(case, RULES[2]), case.tables[0].clone()
+    arguments = (update.states, update.steps, update.slots, 2, update.settings.as_floats())
+    with pytest.raises(RuntimeError, match=f"id {bad} is outside table 1 of 50 rows"):
+        torch.ops.shardwise.update_(
+            case.grad,
+            *case.call._replace(ids=ids),
+            case.tables,
+            *arguments,
+            -1,
+            update.lr,
+            torch.empty(0),
+        )
+    assert torch.equal(case.tables[0], before)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ constexpr int kMostVectors = kParts == 1 ? 8 : 16 / (2 * kParts);  // sums that 
 // known spares instructions, which lets the processor see further ahead.
 template <int64_t kWidth, bool kIsDirect, bool kIsScaled>
 struct Run : RowRun {
-  // The gradient of a row that occurs once needs no sum, and where it lies may be read to the end.
+  // The gradient of a row that occurs once needs no sum, and may be read to its end. The rule neither
+  // decays nor clips, so its sums of gradients are of nothing else.
   static constexpr bool kReadsInPlace = kWidth > 0;
   SHARDWISE_INLINE int64_t width() const { return kWidth > 0 ? kWidth : table.width; }
   SHARDWISE_INLINE const float* grad_row(int64_t i) const {
@@ -50,12 +51,16 @@ SHARDWISE_INLINE void with_width(const RowRun& run, const RuleNumbers& k, const 
     plain.max_gradient = kInfinity;
     plain.is_decoupled = false;
     switch (run.table.width) {
+      case 16:
+        return body(Run<16, true, false>{run}, plain);
       case 32:
         return body(Run<32, true, false>{run}, plain);
       case 64:
         return body(Run<64, true, false>{run}, plain);
       case 128:
         return body(Run<128, true, false>{run}, plain);
+      case 256:
+        return body(Run<256, true, false>{run}, plain);
       default:
         break;
     }
@@ -105,33 +110,34 @@ SHARDWISE_INLINE void sum_gradient(const R& run, int64_t begin, int64_t end, int
   store(out + whole, sums);
 }
 
-// Runs body(row number, summed gradient) over the rows of a run, with memory fetched ahead.
+// Runs body(row number, summed gradient, whether it may differ from the one before) over the rows of
+// a run, with memory fetched ahead.
 template <typename R, typename Body>
 SHARDWISE_INLINE void for_rows(const R& run, bool fetches_rows, int64_t row_bytes,
                                const Body& body) {
   const int64_t width = run.width();
   const int64_t padded = (width + kLanes - 1) / kLanes * kLanes;
-  const std::unique_ptr<float[]> grad(new float[padded]);
-  const int64_t first_item = run.starts[run.first], last_item = run.starts[run.last];
+  const std::unique_ptr<float[]> buffer(new float[padded]);
+  const int64_t first_item = run.first_item(run.first), last_item = run.first_item(run.last);
   for (int64_t i = first_item; i < std::min(first_item + kItemsAhead, last_item); ++i) {
     prefetch_row(run.grad_row(i), width * 4);
   }
+  const float* grad = nullptr;
   for (int64_t r = run.first; r < run.last; ++r) {
     if (fetches_rows && r + kRowsAhead < run.last) {
       const int64_t ahead = run.rows[r + kRowsAhead];
       prefetch_row(static_cast<const char*>(run.table.data) + ahead * row_bytes, row_bytes);
     }
-    const int64_t begin = run.starts[r], end = run.starts[r + 1];
-    const float* sum = grad.get();
-    if (R::kReadsInPlace && end - begin == 1) {
-      if (begin + kItemsAhead < last_item) {
-        prefetch_row(run.grad_row(begin + kItemsAhead), width * 4);
-      }
-      sum = run.grad_row(begin);
+    bool is_new = true;
+    if (R::kReadsInPlace && r < run.num_singles) {
+      if (r + kItemsAhead < last_item) prefetch_row(run.grad_row(r + kItemsAhead), width * 4);
+      is_new = run.grad_row(r) != grad;  // rows of one bag have one gradient
+      grad = run.grad_row(r);
     } else {
-      sum_gradient(run, begin, end, last_item, grad.get());
+      sum_gradient(run, run.first_item(r), run.first_item(r + 1), last_item, buffer.get());
+      grad = buffer.get();
     }
-    body(r, sum);
+    body(r, grad, is_new);
   }
 }
 
@@ -164,13 +170,14 @@ SHARDWISE_INLINE void prefetch_states(const R& run, int64_t r) {
 constexpr int kMostSums = 3;
 
 template <RuleCode kCode, typename T, bool kOnlySums, typename R>
-SHARDWISE_INLINE void run_row(const R& run, const RuleNumbers& k, int64_t r, const float* grad) {
+SHARDWISE_INLINE void run_row(const R& run, const RuleNumbers& k, int64_t r, const float* grad,
+                              bool is_new, float* sums) {
   constexpr int64_t kCount = shape_of(kCode).num_sums;
+  constexpr bool kKeeps = R::kReadsInPlace && std::is_base_of_v<SquaredGradient, Rule<kCode>>;
   const Row<T> row = view_row<kCode, T>(run, r, grad);
-  float sums[kMostSums] = {};
   if (run.given_sums != nullptr) std::copy_n(run.given_sums + r * kCount, kCount, sums);
   if constexpr (requires { Rule<kCode>::sums(row, k, sums); }) {
-    if (run.given_sums == nullptr) Rule<kCode>::sums(row, k, sums);
+    if (run.given_sums == nullptr && (is_new || !kKeeps)) Rule<kCode>::sums(row, k, sums);
   }
   if constexpr (requires { Rule<kCode>::second_sums(row, k, sums); }) {
     if (kOnlySums || run.given_sums == nullptr) Rule<kCode>::second_sums(row, k, sums);
@@ -188,9 +195,10 @@ void run_rule(const RowRun& all, const RuleNumbers& numbers, bool only_sums) {
   const auto run_rows = [&](const auto& run, const RuleNumbers& given,
                             auto is_only_sums) SHARDWISE_INLINE_BODY {
     const RuleNumbers k = given;  // a copy that no store to memory can change
-    const auto body = [&](int64_t r, const float* grad) SHARDWISE_INLINE_BODY {
+    float sums[kMostSums] = {};
+    const auto body = [&](int64_t r, const float* grad, bool is_new) SHARDWISE_INLINE_BODY {
       prefetch_states<kCode>(run, r + kRowsAhead);
-      run_row<kCode, T, is_only_sums>(run, k, r, grad);
+      run_row<kCode, T, is_only_sums>(run, k, r, grad, is_new, sums);
     };
     for_rows(run, true, run.width() * sizeof(T), body);
   };
@@ -234,7 +242,7 @@ void row_sums(const RowRun& run, const RuleNumbers& k) { run_code(run, k, true);
 
 void row_grads(const RowRun& all) {
   with_items<0>(all, [&](const auto& run) {
-    for_rows(run, false, 0, [&](int64_t r, const float* grad) {
+    for_rows(run, false, 0, [&](int64_t r, const float* grad, bool) {
       std::copy_n(grad, run.width(), run.out + r * run.width());
     });
   });

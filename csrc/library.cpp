@@ -20,6 +20,7 @@ struct Entry {
 
 constexpr Entry kCpuKernels[] = {
     {"advise_huge_pages", cpu::advise_huge_pages},
+    {"new_result", cpu::new_result},
     {"offsets_from_lengths", cpu::offsets_from_lengths},
     {"permute_segments", cpu::permute_segments},
     {"regroup", cpu::regroup},

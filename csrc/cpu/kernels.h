@@ -6,6 +6,7 @@
 namespace shardwise::cpu {
 
 void advise_huge_pages(StableIValue* stack, uint64_t, uint64_t);
+void new_result(StableIValue* stack, uint64_t, uint64_t);
 void offsets_from_lengths(StableIValue* stack, uint64_t, uint64_t);
 void permute_segments(StableIValue* stack, uint64_t, uint64_t);
 void regroup(StableIValue* stack, uint64_t, uint64_t);

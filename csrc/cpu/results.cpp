@@ -5,6 +5,7 @@
 #include <mutex>
 #include <new>
 
+#include "kernels.h"
 #include "pages.h"
 
 namespace shardwise::cpu {
@@ -92,6 +93,12 @@ Tensor make_result(const std::vector<int64_t>& sizes, int32_t dtype_code) {
   }
   void* data = idle_blocks().take(&bytes);
   return Tensor::from_memory(data, sizes, dtype_code, give_back, reinterpret_cast<void*>(bytes));
+}
+
+void new_result(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const Tensor like = arguments.tensor();
+  arguments.give(make_result({arguments.integer()}, like.dtype_code()));
 }
 
 }  // namespace shardwise::cpu

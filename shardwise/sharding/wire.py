@@ -10,6 +10,7 @@ go unannounced as long as every rank knows from it that they come, and in what s
 
 import hashlib
 import json
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from shardwise.ops.lookup import new_result
 from shardwise.sharding.environment import Hosts
 from shardwise.sharding.faults import describe, is_shared, restore, share, some
 from shardwise.sharding.watch import Step, Watch, open_sockets
@@ -195,7 +197,9 @@ class Wire:
             self.meet(tag).wait()
         self._count(send, send_sizes, tag)
         sizes = [list(receive_sizes), list(send_sizes)]
-        return self._send(lane, tag, send, send.new_empty(sum(sizes[0]), *send.shape[1:]), *sizes)
+        shape = (sum(sizes[0]), *send.shape[1:])
+        received: Tensor = new_result(send, math.prod(shape)).view(shape)
+        return self._send(lane, tag, send, received, *sizes)
 
     def _send(self, lane: Lane, tag: str, send: Tensor, received: Tensor, *sizes: Any) -> Pending:
         """Start an all-to-all; without sizes of equal parts."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shardwise.ops.interaction import interaction, reference
 from shardwise.ops.library import is_compiled
+from shardwise.ops.lookup import new_result
 
 ROWS = 70_000  # 64 MB of results
 OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
@@ -26,6 +27,22 @@ def test_freed_memory_is_used_again():
     del first
     gc.collect()
     assert interaction(*make(1)).data_ptr() == address
+
+
+@pytest.mark.skipif(not is_compiled or OLD_TORCH, reason="needs the C++ operators on torch 2.11")
+def test_new_results_take_the_memory_that_others_leave():
+    address = new_result(torch.empty(0), 2**20).data_ptr()
+    gc.collect()
+    assert new_result(torch.empty(0, dtype=torch.uint8), 2**22).data_ptr() == address
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.int64])
+@pytest.mark.parametrize("numel", [0, 1, 2**18 + 1])
+def test_new_results_have_the_size_and_dtype_asked_for(dtype, numel):
+    result = new_result(torch.empty(3, dtype=dtype), numel).zero_()
+    assert result.dtype == dtype
+    assert result.shape == (numel,)
+    assert not result.any()
 
 
 def test_views_keep_memory_from_being_used_again():

@@ -46,6 +46,7 @@ __all__ = [
     "dense_grads",
     "is_watched",
     "lookup",
+    "new_result",
     "plan_backward",
     "restrict",
     "row_grads",
@@ -123,6 +124,12 @@ _weight_grads = register(
     fake=lambda grad, *a: grad.new_empty(a[0].shape[0], dtype=torch.float32),
 )
 advise_huge_pages = register("advise_huge_pages", reference=lambda t: None, fake=lambda t: None)
+new_result = register(
+    "new_result",
+    reference=lambda like, numel: like.new_empty(numel),
+    fake=lambda like, numel: like.new_empty(numel),
+)
+"""A tensor [numel] without values, of a dtype and device, in memory that earlier results leave."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

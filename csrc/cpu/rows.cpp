@@ -156,8 +156,8 @@ class Marks {
   int shift_ = 0;
 };
 
-// Lists (row, item) of all ids of a table, and shows `see` each row. Gives how many there are, fewer
-// where ids are ignored.
+// Lists (row, item) of all ids of a table, and shows `see` each row. Gives how many there are,
+// fewer where ids are ignored.
 template <bool kIsDirect, typename Id, typename Key, typename See>
 int64_t list_items(const Call& call, const Plan& plan, const Arrays& arrays, Pair<Key>* pairs,
                    See see) {
@@ -295,7 +295,8 @@ RowRun Grouping::group_as(int64_t table) const {
   int64_t count;
   if (order_ == Order::kAny && plan.num_items >= kFewItems && plan.table.rows >= plan.num_items) {
     Marks marks(plan.num_items, plan.table.rows);
-    count = list_items(call_, plan, is_direct, arrays_, pairs, [&](uint64_t row) { marks.see(row); });
+    const auto see = [&](uint64_t row) { marks.see(row); };
+    count = list_items(call_, plan, is_direct, arrays_, pairs, see);
     count = list.take_singles(pairs, count, marks);
   } else {
     count = list_items(call_, plan, is_direct, arrays_, pairs, [](uint64_t) {});

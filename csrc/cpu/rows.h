@@ -29,9 +29,9 @@ using PieceBody = std::function<void(int64_t table, const RowRun&)>;
 // each row in one piece.
 void for_each_piece(const std::vector<TouchedRows>& touched, const PieceBody& body);
 
-// The same, each table grouped just before its pieces. Rows that occur once come first, in the order
-// of their ids: nothing sorts them, and memory reads and writes random rows faster than ascending
-// ones, which lie in few of its banks. Throws for a bad id before the body runs.
+// The same, each table grouped just before its pieces. Rows that occur once come first, in the
+// order of their ids: nothing sorts them, and memory reads and writes random rows faster than
+// ascending ones, which lie in few of its banks. Throws for a bad id before the body runs.
 void for_each_piece(const Call& call, const std::vector<TableView>& tables, const float* grad,
                     int64_t grad_numel, const PieceBody& body);
 

@@ -21,8 +21,8 @@ constexpr int kMostVectors = kParts == 1 ? 8 : 16 / (2 * kParts);  // sums that 
 // known spares instructions, which lets the processor see further ahead.
 template <int64_t kWidth, bool kIsDirect, bool kIsScaled>
 struct Run : RowRun {
-  // The gradient of a row that occurs once needs no sum, and may be read to its end. The rule neither
-  // decays nor clips, so its sums of gradients are of nothing else.
+  // The gradient of a row that occurs once needs no sum, and may be read to its end. The rule
+  // neither decays nor clips, so its sums of gradients are of nothing else.
   static constexpr bool kReadsInPlace = kWidth > 0;
   SHARDWISE_INLINE int64_t width() const { return kWidth > 0 ? kWidth : table.width; }
   SHARDWISE_INLINE const float* grad_row(int64_t i) const {
@@ -110,8 +110,8 @@ SHARDWISE_INLINE void sum_gradient(const R& run, int64_t begin, int64_t end, int
   store(out + whole, sums);
 }
 
-// Runs body(row number, summed gradient, whether it may differ from the one before) over the rows of
-// a run, with memory fetched ahead.
+// Runs body(row number, summed gradient, whether it may differ from the one before) over the rows
+// of a run, with memory fetched ahead.
 template <typename R, typename Body>
 SHARDWISE_INLINE void for_rows(const R& run, bool fetches_rows, int64_t row_bytes,
                                const Body& body) {

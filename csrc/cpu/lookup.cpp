@@ -10,8 +10,8 @@
 namespace shardwise::cpu {
 namespace {
 
-constexpr int64_t kTaskIds = 2048;
-constexpr int64_t kTaskBags = 1024;
+constexpr int64_t kTaskIds = 8192;
+constexpr int64_t kTaskBags = 4096;
 // A result of this size would push itself out of the cache.
 constexpr int64_t kStreamBytes = 32 << 20;
 constexpr int64_t kSmallBytes = 256 << 10;  // rows read below which one thread is faster

@@ -49,7 +49,7 @@ def test_contenders_run_in_turn_and_warmups_do_not_count():
     order, clock = [], iter(range(100))
     runs = {name: lambda i, name=name: order.append((name, i)) for name in "ab"}
     times = time_in_turn(runs, 2, warmups=1, clock=lambda: float(next(clock)))
-    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
     assert times["b"].seconds == [1.0, 1.0]
 
 
